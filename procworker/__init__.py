@@ -1,0 +1,46 @@
+"""A Prefect process worker that does not need Prefect."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from procworker.configuration import BaseJobConfiguration, BaseVariables, BaseWorkerResult
+    from procworker.process import (
+        ProcessJobConfiguration,
+        ProcessVariables,
+        ProcessWorker,
+        ProcessWorkerResult,
+    )
+    from procworker.settings import Settings
+    from procworker.worker import BaseWorker
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BaseJobConfiguration",
+    "BaseVariables",
+    "BaseWorker",
+    "BaseWorkerResult",
+    "ProcessJobConfiguration",
+    "ProcessVariables",
+    "ProcessWorker",
+    "ProcessWorkerResult",
+    "Settings",
+]
+
+_HOMES = {
+    "configuration": ("BaseJobConfiguration", "BaseVariables", "BaseWorkerResult"),
+    "process": ("ProcessJobConfiguration", "ProcessVariables", "ProcessWorker", "ProcessWorkerResult"),
+    "settings": ("Settings",),
+    "worker": ("BaseWorker",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    # `procworker --version` must not pay for pydantic and httpx.
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"procworker.{module}"), name)
+    raise AttributeError(f"module 'procworker' has no attribute {name!r}")

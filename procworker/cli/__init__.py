@@ -1,0 +1,50 @@
+"""The `procworker` command: one module per subcommand; what they need is imported only when they run."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from procworker import __version__
+from procworker.cli import run, server, start, template
+
+COMMANDS = {"start": start, "run": run, "template": template, "server": server}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="procworker",
+        description="A Prefect process worker that does not need Prefect.",
+        epilog="Settings are Prefect's (PREFECT_API_URL and so on): environment, .env, prefect.toml, profiles.",
+    )
+    parser.add_argument("--version", action="version", version=f"procworker {__version__}")
+    parser.add_argument("--profile", metavar="NAME", help="use this Prefect profile; its values win over the environment")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
+    for name, module in COMMANDS.items():
+        summary = (module.__doc__ or "").splitlines()[0]
+        command = commands.add_parser(
+            name, help=summary, description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        module.add_arguments(command)
+        command.set_defaults(execute=module.execute)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code (README: exit codes)."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        code: int = arguments.execute(arguments)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output has left
+        sys.stderr.close()
+        return 141
+    except BaseException as error:
+        from procworker.cli.errors import exit_code, sentence
+
+        print(f"procworker: error: {sentence(error)}", file=sys.stderr)
+        return exit_code(error)
+    return code

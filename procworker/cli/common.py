@@ -1,0 +1,96 @@
+"""What several commands need: logging, signals, the server to talk to, the worker class."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import anyio
+
+from procworker.errors import ConfigurationError, Unreachable
+from procworker.server.client import Client
+from procworker.settings import Settings
+from procworker.worker import BaseWorker
+
+KEEP_SECONDS = 600.0
+SAME_SIGNAL_SECONDS = 1.0
+"""Signals closer together count once: Ctrl-C may hit the whole group and be forwarded as well."""
+
+
+def set_up_logging(level: str) -> None:
+    """Log our own lines to stderr in Prefect's form; other libraries keep what they had."""
+    handler = logging.StreamHandler(sys.stderr)
+    form = "%(asctime)s.%(msecs)03d | %(levelname)-7s | %(name)s - %(message)s"
+    handler.setFormatter(logging.Formatter(form, "%H:%M:%S"))
+    for name in ("procworker", "prefect"):
+        logger = logging.getLogger(name)
+        logger.addHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = False
+
+
+def worker_class(type: str) -> type[BaseWorker[Any, Any, Any]]:
+    """Raises ConfigurationError that lists the known types."""
+    import procworker.process  # noqa: F401  (registers itself, also where no package metadata says so)
+
+    found = BaseWorker.get_worker_class_from_type(type)
+    if found is None:
+        known = ", ".join(BaseWorker.get_all_available_worker_types())
+        raise ConfigurationError(f"unknown worker type {type!r}: known are {known}; install the package that offers it")
+    return found
+
+
+@asynccontextmanager
+async def signals_counted(act: Callable[[int], None]) -> AsyncIterator[list[int]]:
+    """Call act for each INT, TERM and HUP (unless HUP is ignored, as under nohup); yields those received."""
+    received: list[int] = []
+    if os.name == "nt":  # its event loop takes no signals: Ctrl-C stays a KeyboardInterrupt
+        yield received
+        return
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+
+    async def listen() -> None:
+        last = float("-inf")
+        async for number in signals:
+            if anyio.current_time() - last >= SAME_SIGNAL_SECONDS:
+                last = anyio.current_time()
+                received.append(int(number))
+                act(int(number))
+
+    with anyio.open_signal_receiver(*numbers) as signals:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(listen)
+            yield received
+            tasks.cancel_scope.cancel()
+
+
+async def wait_for_server(settings: Settings, seconds: float) -> None:
+    """Wait until the server answers at all; raises Unreachable after so many seconds."""
+    async with Client(settings) as client:
+        give_up = anyio.current_time() + seconds
+        while (error := await client.api_healthcheck()) is not None:
+            if anyio.current_time() >= give_up or not isinstance(error, Unreachable):
+                raise error
+            await anyio.sleep(0.5)
+
+
+@asynccontextmanager
+async def embedded(settings: Settings, python: str | None, keep: bool) -> AsyncIterator[Settings]:
+    """Settings that point at the embedded server of the chosen interpreter, for as long as the context is open."""
+    from procworker.local.server import local_server
+    from procworker.system.interpreter import find_interpreter
+
+    interpreter = find_interpreter(python, os.environ)
+    say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    keep_seconds = KEEP_SECONDS if keep else 0.0
+    async with local_server(
+        interpreter.path, settings.state_home, keep_seconds=keep_seconds, say=say, version=interpreter.prefect_version
+    ) as server:
+        yield settings.at_server(server.api_url, server.auth_string)

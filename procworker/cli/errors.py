@@ -1,0 +1,39 @@
+"""Turn an exception into one line for a person and an exit code."""
+
+from __future__ import annotations
+
+import traceback
+
+from procworker.errors import ApiError, ConfigurationError, ProcworkerError, Unauthorized, Unreachable
+
+FAILED, USAGE, UNREACHABLE = 1, 2, 3
+
+
+def sentence(error: BaseException) -> str:
+    """Say what to change. What we did not foresee is our bug: its traceback comes with it. SystemExit passes."""
+    error = single(error)
+    if isinstance(error, SystemExit):
+        raise error
+    if isinstance(error, Unauthorized):
+        return f"the server refuses the credentials, check PREFECT_API_KEY or PREFECT_API_AUTH_STRING: {error}"
+    if isinstance(error, Unreachable):
+        return f"the Prefect API cannot be reached, check PREFECT_API_URL and the server: {error}"
+    if isinstance(error, ApiError):
+        return f"the server refuses: {error}"
+    if isinstance(error, ProcworkerError):
+        return str(error)
+    return "this is a bug in procworker, please report it:\n" + "".join(traceback.format_exception(error))
+
+
+def exit_code(error: BaseException) -> int:
+    error = single(error)
+    if isinstance(error, Unreachable):
+        return UNREACHABLE
+    return USAGE if isinstance(error, ConfigurationError | ApiError) else FAILED
+
+
+def single(error: BaseException) -> BaseException:
+    """Unwrap groups that hold one exception, as task groups make them."""
+    while len(inner := getattr(error, "exceptions", ())) == 1:
+        error = inner[0]
+    return error

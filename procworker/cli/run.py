@@ -1,0 +1,180 @@
+"""Run one flow now, follow it, and exit with its outcome.
+
+TARGET is file.py:flow, package.module:flow, flow/deployment or the id of a flow run. Without PREFECT_API_URL an
+embedded Prefect server is started, and kept for ten minutes after its last use.
+
+Examples:
+  procworker run flows.py:hello -p name=World
+  procworker run etl/nightly -p day='"2026-01-01"'
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from procworker.process import ProcessWorker
+    from procworker.server.models import FlowRun
+    from procworker.settings import Settings
+    from procworker.submission import FlowRunFuture
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("target", metavar="TARGET", help="file.py:flow, package.module:flow, flow/deployment or a flow run id")
+    add(
+        "-p",
+        "--param",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a parameter; VALUE is JSON, or else a text; may be repeated",
+    )
+    add("--python", metavar="PATH", help="Python that runs the flow: a path, a venv or tox env directory")
+    add("--startup-timeout", type=float, default=30.0, metavar="S", help="how long to wait for the server (30)")
+    add(
+        "--keep",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="keep the embedded server for ten minutes after its last use (default: yes, but not in CI)",
+    )
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    import anyio
+
+    from procworker.cli.common import set_up_logging
+    from procworker.settings import Settings
+
+    settings = Settings.load(profile=arguments.profile)
+    set_up_logging("WARNING" if settings.logging_level == "INFO" else settings.logging_level)
+    return anyio.run(_run, settings, arguments)
+
+
+async def _run(settings: Settings, arguments: argparse.Namespace) -> int:
+    import os
+    from contextlib import AsyncExitStack
+
+    from procworker.cli.common import embedded, wait_for_server
+    from procworker.submission import entrypoint_of
+
+    parameters = parse_parameters(arguments.param)
+    kind = kind_of(arguments.target)
+    if kind == "entrypoint":
+        entrypoint_of(arguments.target)  # a typing error shows before a server is started for it
+    keep = not os.environ.get("CI") if arguments.keep is None else arguments.keep
+    async with AsyncExitStack() as stack:
+        if settings.api_url:
+            await wait_for_server(settings, arguments.startup_timeout)
+        else:
+            settings = await stack.enter_async_context(embedded(settings, arguments.python, keep))
+        return await _follow(settings, arguments, kind, parameters)
+
+
+async def _follow(settings: Settings, arguments: argparse.Namespace, kind: str, parameters: dict[str, Any]) -> int:
+    """Run the target on a worker of its own, which has no pool, and print how it went."""
+    import time
+
+    from procworker.cli.common import signals_counted
+    from procworker.cli.receipt import children_cpu_seconds, receipt
+    from procworker.outcome import Reason
+    from procworker.process import ProcessWorker
+
+    template = await _template(settings, kind, arguments.target)
+    worker = ProcessWorker(None, python=arguments.python, settings=settings, base_job_template=template)
+
+    def interrupt(number: int) -> None:
+        for run in worker.runs.values():
+            worker._in_background(run.stop, Reason.CANCELLED, "", 30.0 if len(received) < 2 else 0.0)
+
+    async with worker, signals_counted(interrupt) as received:
+            began, cpu = time.monotonic(), children_cpu_seconds()
+            future = await _submit(worker, kind, arguments.target, parameters)
+            run = worker.runs[future.flow_run_id]
+            await future.wait_async()
+            print(receipt(run, time.monotonic() - began, children_cpu_seconds() - cpu), flush=True)
+    if received:
+        return 128 + received[0]
+    return 0 if run.final_state is not None and run.final_state.type == "COMPLETED" else 1
+
+
+def kind_of(target: str) -> str:
+    """Tell an entrypoint, a deployment and a flow run id apart; raises ConfigurationError for anything else."""
+    from uuid import UUID
+
+    from procworker.errors import ConfigurationError
+
+    try:
+        UUID(target)
+    except ValueError:
+        pass
+    else:
+        return "flow run"
+    if ":" in target:
+        return "entrypoint"
+    if target.endswith(".py"):
+        raise ConfigurationError(f"{target!r} names no flow: write {target}:FLOW")
+    if target.count("/") == 1:
+        return "deployment"
+    raise ConfigurationError(f"{target!r} is no file.py:flow, no package.module:flow, no flow/deployment and no flow run id")
+
+
+def parse_parameters(pairs: list[str]) -> dict[str, Any]:
+    """Read KEY=VALUE pairs; what is not JSON is a text."""
+    import json
+
+    from procworker.errors import ConfigurationError
+
+    parameters = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise ConfigurationError(f"parameter {pair!r} must be written KEY=VALUE")
+        try:
+            parameters[key] = json.loads(value)
+        except ValueError:
+            parameters[key] = value
+    return parameters
+
+
+async def _template(settings: Settings, kind: str, target: str) -> dict[str, Any] | None:
+    """The job template of the pool that the deployment or run belongs to, if that is a pool of processes."""
+    from uuid import UUID
+
+    from procworker.errors import ConfigurationError, ObjectNotFound
+    from procworker.server.client import Client
+
+    if kind == "entrypoint":
+        return None
+    async with Client(settings) as client:
+        try:
+            found = await (client.read_deployment_by_name(target) if kind == "deployment" else client.read_flow_run(UUID(target)))
+        except ObjectNotFound:
+            raise ConfigurationError(f"the server has no {kind} {target!r}") from None
+        if not found.work_pool_name:
+            return None
+        pool = await client.read_work_pool(found.work_pool_name)
+        return pool.base_job_template if pool.type == "process" else None
+
+
+async def _submit(worker: ProcessWorker, kind: str, target: str, parameters: dict[str, Any]) -> FlowRunFuture:
+    import os
+    from uuid import UUID, uuid4
+
+    from procworker.errors import ConfigurationError
+    from procworker.server.models import new_state
+
+    if kind == "entrypoint":
+        return await worker.submit(target, parameters, {"working_dir": os.getcwd()})
+    if kind == "deployment":
+        transition_id = uuid4()
+        deployment = await worker.client.read_deployment_by_name(target)
+        pending = new_state("PENDING", transition_id=transition_id)
+        flow_run: FlowRun = await worker.client.create_flow_run_from_deployment(
+            deployment.id, parameters={**deployment.parameters, **parameters}, state=pending
+        )
+        return await worker.execute(flow_run, transition_id)
+    if parameters:
+        raise ConfigurationError("an existing flow run has its parameters already: leave out --param")
+    return await worker.execute(await worker.client.read_flow_run(UUID(target)))

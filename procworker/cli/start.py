@@ -1,0 +1,140 @@
+"""Poll a work pool and run its flow runs as processes of this host.
+
+Examples:
+  procworker start --pool laptop
+  procworker start --pool ci --limit 4 --run-once
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from procworker.settings import Settings
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("-p", "--pool", required=True, metavar="NAME", help="the work pool to poll; created if it does not exist")
+    add("-q", "--work-queue", action="append", default=[], metavar="NAME", help="poll only this queue; may be repeated")
+    add("-n", "--name", help="name of the worker (default: a unique one)")
+    add("-t", "--type", help="worker type (default: that of the pool, else process)")
+    add("-l", "--limit", type=int, help="most flow runs at once (default: no limit)")
+    add("--prefetch-seconds", type=float, metavar="S", help="take runs up to so many seconds early")
+    add("--run-once", action="store_true", help="take what is due now, finish it, and exit; exit 1 if a run did not complete")
+    add("--with-healthcheck", action="store_true", help="answer GET /health and /ready (PREFECT_WORKER_WEBSERVER_HOST, _PORT)")
+    add("--base-job-template", metavar="FILE", help="JSON job template for a pool that has to be created")
+    add(
+        "--create-pool-if-not-found",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="create the pool when it does not exist (default: yes)",
+    )
+    add("--python", metavar="PATH", help="Python that runs the flows: a path, a venv or tox env directory")
+    add("--local", action="store_true", help="work on the embedded Prefect server")
+    add("--startup-timeout", type=float, default=30.0, metavar="S", help="with --run-once: how long to wait for the server (30)")
+    add("--install-policy", help=argparse.SUPPRESS)  # Prefect's: nothing to install here
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    import anyio
+
+    from procworker.cli.common import set_up_logging
+    from procworker.settings import Settings
+
+    settings = Settings.load(profile=arguments.profile)
+    set_up_logging(settings.logging_level)
+    return anyio.run(_start, settings, arguments)
+
+
+async def _start(settings: Settings, arguments: argparse.Namespace) -> int:
+    from contextlib import AsyncExitStack
+
+    from procworker.cli.common import embedded, signals_counted, wait_for_server
+
+    async with AsyncExitStack() as stack:
+        if arguments.local:
+            settings = await stack.enter_async_context(embedded(settings, arguments.python, keep=True))
+        if arguments.run_once and settings.api_url:
+            await wait_for_server(settings, arguments.startup_timeout)
+        worker = await _build(settings, arguments)
+        await stack.enter_async_context(signals_counted(lambda number: worker.stop()))
+        await worker.start(arguments.run_once, arguments.with_healthcheck, printer=_say)
+    failed = worker.outcomes.total() - worker.outcomes["COMPLETED"]
+    return 1 if arguments.run_once and failed else 0
+
+
+async def _build(settings: Settings, arguments: argparse.Namespace) -> Any:
+    from procworker.cli.common import worker_class
+
+    template = _read_template(arguments.base_job_template) if arguments.base_job_template else None
+    cls = worker_class(await _discover_type(settings, arguments))
+    own = {"python": arguments.python} if arguments.python else {}
+    return cls(
+        arguments.pool,
+        arguments.work_queue,
+        arguments.name,
+        arguments.prefetch_seconds,
+        arguments.create_pool_if_not_found,
+        arguments.limit,
+        base_job_template=template,
+        settings=settings,
+        **own,
+    )
+
+
+async def _discover_type(settings: Settings, arguments: argparse.Namespace) -> str:
+    """Take the type asked for, else the pool's; warn where the pool or its queues are paused."""
+    from procworker.errors import ConfigurationError, ObjectNotFound, Unreachable
+    from procworker.server.client import Client
+
+    if not settings.api_url:
+        raise ConfigurationError(
+            "PREFECT_API_URL is not set: name your server's API (for example http://127.0.0.1:4200/api),"
+            " or use --local for the embedded server"
+        )
+    async with Client(settings) as client:
+        try:
+            pool = await client.read_work_pool(arguments.pool, retries=0)
+            queues = await client.read_work_queues(pool.name, arguments.work_queue or None, retries=0)
+        except ObjectNotFound:
+            if not arguments.create_pool_if_not_found:
+                raise ConfigurationError(
+                    f"work pool {arguments.pool!r} does not exist: create it, or leave out --no-create-pool-if-not-found"
+                ) from None
+            return arguments.type or "process"
+        except Unreachable:
+            return arguments.type or "process"  # the worker waits for the server
+    if pool.is_paused:
+        _say(f"Work pool {pool.name!r} is paused: nothing runs before it is resumed.")
+    elif queues and all(queue.is_paused for queue in queues):
+        _say(f"All {'given ' if arguments.work_queue else ''}work queues of {pool.name!r} are paused: nothing runs before one is resumed.")
+    if pool.type.endswith((":push", ":managed")) or pool.type == "prefect-agent":
+        raise ConfigurationError(f"work pool {pool.name!r} is of type {pool.type!r}, which no worker serves: choose another --pool")
+    if not arguments.type:
+        _say(f"Discovered type {pool.type!r} for work pool {pool.name!r}.")
+    return arguments.type or pool.type
+
+
+def _read_template(path: str) -> dict[str, Any]:
+    import json
+
+    from procworker.errors import ConfigurationError
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            template = json.load(file)
+    except OSError as error:
+        raise ConfigurationError(f"--base-job-template {path!r} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigurationError(f"--base-job-template {path!r} is not JSON: {error}") from error
+    if not isinstance(template, dict) or not {"job_configuration", "variables"} <= set(template):
+        raise ConfigurationError(
+            f"--base-job-template {path!r} must hold 'job_configuration' and 'variables': `procworker template` prints one"
+        )
+    return template
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)

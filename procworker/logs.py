@@ -1,0 +1,52 @@
+"""A run's logger: to Python's logging as everybody else, and to the run's own log on the server."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Callable, MutableMapping
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    LoggerAdapter = logging.LoggerAdapter[logging.Logger]
+else:
+    LoggerAdapter = logging.LoggerAdapter
+
+Ship = Callable[[dict[str, Any]], None]
+"""Takes one log record in the form of POST /logs/ (contract 7)."""
+
+RUN_LOGGER = "prefect.flow_runs.worker"
+
+
+class RunLogger(LoggerAdapter):
+    """Log for one flow run; what is logged here is also shipped, whatever the host's logging is set to."""
+
+    def __init__(self, extra: dict[str, Any], ship: Ship | None, ship_level: int) -> None:
+        super().__init__(logging.getLogger(RUN_LOGGER), extra)
+        self._ship = ship
+        self._ship_level = ship_level
+
+    def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
+        return msg, {**kwargs, "extra": {**(self.extra or {}), **(kwargs.get("extra") or {})}}
+
+    def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
+        if self._ship is not None and level >= self._ship_level:
+            self._ship(self._record(level, msg, args, kwargs.get("exc_info")))
+        kwargs["stacklevel"] = kwargs.get("stacklevel", 1) + 1
+        super().log(level, msg, *args, **kwargs)
+
+    def _record(self, level: int, msg: object, args: tuple[object, ...], exc_info: Any) -> dict[str, Any]:
+        message = str(msg) % args if args else str(msg)
+        if isinstance(exc_info, BaseException):
+            message += "\n" + "".join(traceback.format_exception(exc_info)).rstrip()
+        elif exc_info:
+            message += "\n" + traceback.format_exc().rstrip()
+        return {
+            "name": self.logger.name,
+            "level": level,
+            "message": message,
+            "timestamp": datetime.now(timezone.utc).isoformat(),
+            "flow_run_id": str((self.extra or {})["flow_run_id"]),
+            "task_run_id": None,
+        }

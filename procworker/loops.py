@@ -1,0 +1,79 @@
+"""Repeat a piece of work, with jitter, and with back-off while it fails."""
+
+from __future__ import annotations
+
+import logging
+import random
+from typing import TypeVar
+from collections.abc import Awaitable, Callable
+
+import anyio
+
+from procworker.errors import Unauthorized, Unreachable
+
+logger = logging.getLogger(__name__)
+
+JITTER = 0.3
+"""Prefect draws its loop intervals in about +-30 % too, so that fleets do not march in step."""
+MAX_DOUBLINGS = 3
+
+
+def jittered(seconds: float) -> float:
+    """Draw from [0.7, 1.3] times seconds."""
+    return seconds * random.uniform(1 - JITTER, 1 + JITTER)
+
+
+class Loop:
+    """Repeat `work` for ever; one failed turn delays the next and never ends the loop.
+
+    `interval` is asked before each pause (seconds). `wake` ends the pause early.
+    """
+
+    def __init__(self, what: str, work: Callable[[], Awaitable[object]], interval: Callable[[], float]) -> None:
+        self._what = what
+        self._work = work
+        self._interval = interval
+        self._woken = anyio.Event()
+        self.failures = 0
+        self.last_success: float | None = None
+
+    def wake(self) -> None:
+        self._woken.set()
+
+    async def turn(self) -> None:
+        """Do the work once; a failure is logged and counted."""
+        try:
+            await self._work()
+        except Exception as error:
+            self.failures += 1
+            level = logging.ERROR if isinstance(error, Unauthorized) else logging.WARNING
+            if self.failures & (self.failures - 1) == 0:  # the 1st, 2nd, 4th, 8th ...: a long outage fills no disk
+                text = f"{type(error).__name__}: {error}"
+                logger.log(level, "%s failed %d times in a row, going on: %s", self._what, self.failures, text)
+        else:
+            if self.failures:
+                logger.info("%s works again after %d failures", self._what, self.failures)
+            self.failures = 0
+            self.last_success = anyio.current_time()
+
+    async def run(self) -> None:
+        while True:
+            self._woken = anyio.Event()
+            await self.turn()
+            pause = jittered(self._interval()) * 2 ** min(max(self.failures - 2, 0), MAX_DOUBLINGS)
+            with anyio.move_on_after(pause):
+                await self._woken.wait()
+
+
+T = TypeVar("T")
+
+
+async def patiently(call: Callable[[], Awaitable[T]], pause: float = 1.0, longest: float = 30.0) -> T:
+    """Repeat a call until the server answers it; any other failure is raised. Bound it with a cancel scope."""
+    while True:
+        try:
+            return await call()
+        except Unreachable as error:
+            logger.debug("Waiting for the server: %s", error)
+        await anyio.sleep(jittered(pause))
+        pause = min(pause * 2, longest)

@@ -1,0 +1,126 @@
+"""Decide the final state of a flow run from facts; pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from uuid import UUID
+
+from pydantic import ValidationError
+
+from procworker.configuration import BaseWorkerResult
+from procworker.errors import ObjectNotFound
+from procworker.server.models import State
+
+
+class Reason(Enum):
+    """Why this worker ended a run; written down before anything is sent to its processes."""
+
+    CANCELLED = "cancelled"
+    TIMED_OUT = "timed out"
+    STOPPED = "worker stopped"
+
+
+class DeploymentGone(ObjectNotFound):
+    """The deployment of a claimed run no longer exists."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What this worker knows of a run whose processes are gone."""
+
+    reason: Reason | None = None
+    reason_text: str = ""
+    result: BaseWorkerResult | None = None
+    error: Exception | None = None
+    started: bool = False
+    configured_command: bool = False
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A final state to put on the server."""
+
+    type: str
+    name: str
+    message: str
+    force: bool = False
+
+
+def carries_id(state: State, transition_id: UUID) -> bool:
+    """Was this state made by the proposal with this transition id?"""
+    return str(state.state_details.get("transition_id")) == str(transition_id)
+
+
+def owns(history: Sequence[State], transition_id: UUID) -> bool:
+    """Is the newest attempt ours? The last PENDING state carries the transition id of the claim that made it."""
+    pending = [state for state in history if state.type == "PENDING"]
+    return bool(pending) and carries_id(pending[-1], transition_id)
+
+
+def overwritten_by(history: Sequence[State], transition_id: UUID) -> State | None:
+    """Return the state that our claim overwrote, or None when the claim was in order.
+
+    Servers accept PENDING on a run that has ended meanwhile (contract 0), so a claim is judged by what it followed.
+    """
+    for before, state in zip(history, history[1:], strict=False):
+        if carries_id(state, transition_id) and before.type != "SCHEDULED":
+            return before
+    return None
+
+
+def decide(facts: Facts, history: Sequence[State]) -> Proposal | None:
+    """Return the state to put on the server, or None to leave what stands there.
+
+    A final state is never overwritten, with one exception: when our own SIGTERM for a recorded cancel or timeout made
+    the engine report Crashed, the recorded reason is the truth.
+    """
+    current = history[-1]
+    final = current.is_final() and not current.is_cancelling()
+    if facts.reason is Reason.CANCELLED or current.is_cancelling():
+        crashed_by_us = current.type == "CRASHED" and any(state.is_cancelling() for state in history[-3:-1])
+        if final and not crashed_by_us:
+            return None
+        return Proposal("CANCELLED", "Cancelled", _message("Flow run was cancelled.", facts), force=True)
+    if facts.reason is Reason.TIMED_OUT:
+        if final and current.type != "CRASHED":
+            return None
+        return Proposal("CRASHED", "TimedOut", _message(facts.reason_text, facts), force=final)
+    if final:
+        return None
+    if facts.reason is Reason.STOPPED:
+        return Proposal("CRASHED", "Crashed", _message(facts.reason_text, facts))
+    if isinstance(facts.error, DeploymentGone):
+        return Proposal("CANCELLED", "Cancelled", str(facts.error), force=True)
+    if facts.result is None:
+        # Once it was started, infrastructure may go on without us; its own engine reports.
+        text = f"Flow run could not be submitted to infrastructure. {one_line(facts.error)}"
+        return None if facts.started else Proposal("CRASHED", "Crashed", text)
+    return _judge_exit(facts.result.status_code, current, facts)
+
+
+def _judge_exit(code: int, current: State, facts: Facts) -> Proposal | None:
+    rescheduled = current.type == "SCHEDULED" and current.state_details.get("retry_type") != "in_process"
+    suspended = current.type == "PAUSED" and current.state_details.get("pause_reschedule")
+    if rescheduled or suspended:
+        return None
+    if code != 0:
+        text = f"Flow run infrastructure exited with non-zero status code {code}."
+    elif current.type in ("PENDING", "RUNNING") and not facts.configured_command:
+        text = "The flow run process ended without reporting a state."
+    else:
+        return None  # a configured command may hand the work to somebody else
+    return Proposal("CRASHED", "Crashed", _message(text, facts))
+
+
+def _message(text: str, facts: Facts) -> str:
+    return " ".join([text, *(facts.result.remarks if facts.result else [])])
+
+
+def one_line(error: Exception | None) -> str:
+    """Say what went wrong, with its place in the configuration but without its values (they may be secrets)."""
+    if isinstance(error, ValidationError):
+        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors(include_input=False)]
+        return f"The job configuration is invalid: {'; '.join(faults)}."
+    return " ".join(str(error).split()) or type(error).__name__

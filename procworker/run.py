@@ -1,0 +1,295 @@
+"""One flow run on this worker, from poll to report."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from typing import Any, ClassVar, Protocol, TypeVar
+from uuid import UUID, uuid4
+
+import anyio
+from anyio.abc import TaskStatus
+from pydantic import ValidationError
+
+from procworker.configuration import BaseJobConfiguration, BaseWorkerResult, merge_job_variables, with_extra_variables
+from procworker.errors import ApiError, InfrastructureNotFound, ObjectNotFound, ProcworkerError, Unreachable
+from procworker.logs import RunLogger
+from procworker.loops import patiently
+from procworker.outcome import DeploymentGone, Facts, Reason, carries_id, decide, one_line, overwritten_by, owns
+from procworker.server.client import Client
+from procworker.server.models import Deployment, Flow, FlowRun, State, WorkPool, new_state
+from procworker.submission import FlowRunFuture
+
+T = TypeVar("T")
+
+CLAIM_SECONDS = 2.0
+"""Age up to which a poll answer is good for a claim: servers accept a stale one (contract 0)."""
+CANCEL_GRACE_SECONDS = 30.0
+
+
+class Sources:
+    """What the runs of one poll belong to, read once each."""
+
+    def __init__(self) -> None:
+        self._lock = anyio.Lock()
+        self._found: dict[UUID, Any] = {}
+
+    async def read(self, id: UUID | None, read: Callable[[UUID], Awaitable[T]]) -> T | None:
+        if id is None:
+            return None
+        async with self._lock:
+            if id not in self._found:
+                self._found[id] = await patiently(partial(read, id))
+            found: T = self._found[id]
+            return found
+
+
+class Host(Protocol):
+    """What a run asks of the worker that walks it."""
+
+    name: str
+    type: str
+    backend_id: UUID | None
+    job_configuration: type[Any]
+    extra_variables: ClassVar[frozenset[str]]
+    _work_pool: WorkPool | None
+    _base_job_template: dict[str, Any] | None
+
+    @property
+    def client(self) -> Client: ...
+    @classmethod
+    def get_default_base_job_template(cls) -> dict[str, Any]: ...
+    def _inherited_environment(self, configuration: Any) -> dict[str, str]: ...
+    async def run(self, flow_run: FlowRun, configuration: Any, task_status: TaskStatus[Any] | None = None) -> Any: ...
+    async def kill_infrastructure(self, infrastructure_pid: str, configuration: Any, grace_seconds: float) -> None: ...
+    def _in_background(self, work: Callable[..., Awaitable[object]], *args: Any) -> None: ...
+    def _run_moved(self) -> None: ...
+    def _emit(self, event: str, run: Any, follows: Mapping[str, Any] | None = None) -> dict[str, Any] | None: ...
+
+
+class Started(TaskStatus[Any]):
+    """The `task_status` that a worker's `run` reports its identifier to; any value is taken, once."""
+
+    def __init__(self, take: Callable[[str], None]) -> None:
+        self._take: Callable[[str], None] | None = take
+
+    def started(self, value: Any = None) -> None:
+        take, self._take = self._take, None
+        if take is not None and value is not None:
+            take(str(value))
+
+
+class Run:
+    """One flow run. The task that walks it owns it; to end it early, others write down a reason and end its processes."""
+
+    def __init__(self, host: Host, flow_run: FlowRun, log: RunLogger, sources: Sources, answered_at: float) -> None:
+        self.flow_run = flow_run
+        self.id = flow_run.id
+        self.log = log
+        self.answered_at = answered_at
+        self.transition_id = uuid4()
+        self.claimed = False
+        self.deployment: Deployment | None = None
+        self.flow: Flow | None = None
+        self.configuration: BaseJobConfiguration | None = None
+        self.identifier: str | None = None
+        self.reason: Reason | None = None
+        self.reason_text = ""
+        self.result: BaseWorkerResult | None = None
+        self.error: Exception | None = None
+        self.final_state: State | None = None
+        self.future: FlowRunFuture | None = None
+        self.reporting = anyio.CancelScope(shield=True)
+        self._running = anyio.CancelScope()
+        self._configured_command = False
+        self._host = host
+        self._sources = sources
+
+    @property
+    def starting(self) -> bool:
+        return self.identifier is None and self.result is None and self.error is None
+
+    async def walk(self) -> None:
+        """Claim, configure, run, report; whatever goes wrong in a run stays in it."""
+        try:
+            if not self.claimed:
+                await self._claim()
+            if self.claimed:
+                await self._configure()
+                await self._execute()
+        except Exception as error:
+            self.error = error
+            known = isinstance(error, ProcworkerError | ValidationError)
+            self.log.error("Flow run %r did not start: %s", self.flow_run.name, one_line(error), exc_info=not known)
+        finally:
+            if self.claimed:
+                await self._report()
+
+    async def _claim(self) -> None:
+        """Take the run by an accepted PENDING of our own; never from an old answer, never over a newer outcome."""
+        client, name = self._host.client, self.flow_run.name
+        deadline = self.answered_at + CLAIM_SECONDS
+        if anyio.current_time() > deadline:
+            return
+        pending = new_state("PENDING", transition_id=self.transition_id)
+        try:
+            answer = await client.set_flow_run_state(self.id, pending, deadline=deadline)
+        except Unreachable as error:
+            self.log.warning("The claim of flow run %r got no answer: %s", name, error)
+            # It may have been applied all the same: the history tells.
+        except ApiError as error:
+            self.log.warning("Flow run %r could not be claimed: %s", name, error)
+            return
+        else:
+            # A REJECT that shows our own transition id answers a repeated request.
+            own = answer.state is not None and carries_id(answer.state, self.transition_id)
+            if not own or answer.state is None or answer.state.type != "PENDING":
+                self.log.info("Flow run %r is not ours to run: %s", name, answer.details.get("reason", answer.status))
+                return
+        self.claimed = True
+        history = await patiently(partial(client.read_flow_run_states, self.id))
+        if (before := overwritten_by(history, self.transition_id)) is not None:
+            self.claimed = False
+            await self._put_back(before)
+        elif not owns(history, self.transition_id) or (history[-1].is_final() and not history[-1].is_cancelling()):
+            self.claimed = False
+        elif history[-1].is_cancelling():
+            self.reason = Reason.CANCELLED
+
+    async def _put_back(self, state: State) -> None:
+        """Our claim overwrote the end of another attempt: make it stand again."""
+        self.log.info("Flow run %r was %s already and is left so", self.flow_run.name, state.name or state.type)
+        body = new_state(state.type, state.name, state.message, uuid4(), _details(state), state.data)
+        await patiently(partial(self._host.client.set_flow_run_state, self.id, body, force=True))
+
+    async def _configure(self) -> None:
+        """Read what the run belongs to, then compute its configuration."""
+        host, flow_run, pool = self._host, self.flow_run, self._host._work_pool
+        try:
+            self.deployment = await self._sources.read(flow_run.deployment_id, host.client.read_deployment)
+        except ObjectNotFound as error:
+            raise DeploymentGone(f"The deployment {flow_run.deployment_id} of this flow run no longer exists.") from error
+        self.flow = await self._sources.read(flow_run.flow_id, host.client.read_flow)
+        own = host.get_default_base_job_template()
+        template = (pool and pool.base_job_template) or host._base_job_template or own
+        template = with_extra_variables(template, own, host.extra_variables)
+        variables = merge_job_variables(
+            self.deployment.job_variables if self.deployment else {}, flow_run.job_variables
+        )
+        configuration = await host.job_configuration.from_template_and_values(template, variables, host.client)
+        self._configured_command = configuration.command is not None
+        configuration._inherited = host._inherited_environment(configuration)
+        configuration.prepare(flow_run, self.deployment, self.flow, pool, host.name, host.backend_id)
+        self.configuration = configuration
+
+    async def _execute(self) -> None:
+        """Run it to its end, whoever ends it."""
+        if self.reason is not None:
+            return
+        host = self._host
+        self.log.info("Worker %r submitting flow run %r", host.name, str(self.id))
+        submitted = host._emit("prefect.worker.submitted-flow-run", self)
+        with self._running:
+            self.result = await host.run(self.flow_run, self.configuration, task_status=Started(self._started))
+            host._emit("prefect.worker.executed-flow-run", self, submitted)
+
+    def _started(self, identifier: str) -> None:
+        """The infrastructure exists: everything that follows from that happens beside the line."""
+        self.identifier = identifier
+        self.log.info("Flow run %r started as %s", self.flow_run.name, identifier)
+        self._host._in_background(self._tell)
+        seconds = getattr(self.configuration, "timeout_seconds", None)
+        if seconds:
+            self._host._in_background(self._stop_after, seconds)
+        if self.reason is not None:
+            self._host._in_background(self._end, 0.0)
+        self._host._run_moved()
+
+    async def _tell(self) -> None:
+        """Record pid and labels on the server: useful, never worth a run."""
+        host, pool = self._host, self._host._work_pool
+        labels = {"prefect.worker.name": host.name, "prefect.worker.type": host.type}
+        if pool:
+            labels |= {"prefect.work-pool.name": pool.name, "prefect.work-pool.id": str(pool.id)}
+        try:
+            await host.client.update_flow_run(self.id, infrastructure_pid=str(self.identifier))
+            await host.client.update_flow_run_labels(self.id, labels)
+        except ApiError as error:
+            self.log.warning("The process id or the labels could not be recorded: %s", error)
+
+    async def _stop_after(self, seconds: float) -> None:
+        await anyio.sleep(seconds)
+        if self.result is None and self.error is None:
+            text = f"The flow run exceeded its timeout of {seconds:g} seconds and was ended."
+            await self.stop(Reason.TIMED_OUT, text, CANCEL_GRACE_SECONDS)
+
+    async def stop(self, reason: Reason, text: str, grace: float) -> None:
+        """Write down why, then end its processes; asking again can only shorten the grace (seconds)."""
+        if self.reason is None:
+            self.reason, self.reason_text = reason, text
+            self.log.info("Ending flow run %r: %s", self.flow_run.name, text or reason.value)
+        if reason is not Reason.STOPPED:
+            own = getattr(self.configuration, "grace_seconds", None)
+            grace = grace if own is None else own
+        await self._end(grace)
+
+    async def _end(self, grace: float) -> None:
+        if self.identifier is None:
+            return  # not started: the line looks at the reason before it starts anything
+        try:
+            await self._host.kill_infrastructure(self.identifier, self.configuration, grace)
+        except InfrastructureNotFound:
+            pass  # it has just ended by itself
+        except NotImplementedError:
+            self._running.cancel()
+        except Exception as error:
+            self.log.warning("Flow run %r could not be ended: %s", self.flow_run.name, one_line(error))
+
+    async def _report(self) -> None:
+        """Put the final state on the server; wait for the server as long as the worker lives."""
+        if self.result is None and self.error is None and self.reason is None:  # our own task is being cancelled
+            self.reason = Reason.STOPPED
+            self.reason_text = f"The worker {self._host.name!r} was stopped, and the flow run with it."
+            self.reporting.deadline = min(self.reporting.deadline, anyio.current_time() + 10)
+        if self.result is not None:
+            self.log.info("Flow run %r exited with status code %d", self.flow_run.name, self.result.status_code)
+        with self.reporting:
+            transition_id = uuid4()
+            try:
+                self.final_state = await patiently(partial(self._conclude, transition_id))
+                if self.reason is Reason.CANCELLED and self.result is not None:
+                    self._host._emit("prefect.worker.cancelled-flow-run", self)
+                return
+            except ApiError as error:
+                self.log.error("The end of flow run %r could not be reported: %s", self.flow_run.name, error)
+        if self.reporting.cancelled_caught:
+            self.log.error("The end of flow run %r could not be reported in time", self.flow_run.name)
+
+    async def _conclude(self, transition_id: UUID) -> State | None:
+        client = self._host.client
+        history = await client.read_flow_run_states(self.id)
+        if not owns(history, self.transition_id):
+            self.log.info("Flow run %r was deleted or started again elsewhere", self.flow_run.name)
+            return None
+        facts = Facts(
+            self.reason, self.reason_text, self.result, self.error, self.identifier is not None, self._configured_command
+        )
+        proposal = decide(facts, history)
+        if proposal is None or carries_id(history[-1], transition_id):
+            return history[-1]
+        details = _details(history[-1]) if proposal.force else {}
+        state = new_state(proposal.type, proposal.name, proposal.message, transition_id, details)
+        answer = await client.set_flow_run_state(self.id, state, force=proposal.force)
+        if answer.status != "ACCEPT":
+            return (await client.read_flow_run_states(self.id))[-1]
+        level = logging.INFO if proposal.type == "CANCELLED" else logging.ERROR
+        self.log.log(level, "Reported flow run %r as %s: %s", self.flow_run.name, proposal.name, proposal.message)
+        if self.result is not None and self.result.tail and proposal.type == "CRASHED":
+            self.log.error("The last lines of its output:\n%s", "\n".join(self.result.tail))
+        return answer.state
+
+
+def _details(state: State) -> dict[str, Any]:
+    """What must survive when a state is replaced by force, a concurrency lease for one."""
+    return {key: value for key, value in state.state_details.items() if value is not None and key != "transition_id"}

@@ -1,0 +1,180 @@
+"""Logs and events on their way to the server: bounded, in batches, in the background."""
+
+from __future__ import annotations
+
+import json
+import logging
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Awaitable, Callable
+from datetime import datetime, timezone
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+from procworker.errors import Unauthorized, Unreachable
+from procworker.server.client import Client
+from procworker.server.connection import mask
+from procworker.settings import Settings
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+JSON = dict[str, Any]
+
+ROOM = 8 * 1024 * 1024
+LARGEST_EVENT = 1_500_000  # bytes; the server refuses more
+SHORTEST_WAIT, LONGEST_WAIT, DRAIN_SECONDS = 0.05, 30.0, 5.0
+TRUNCATED = "... [truncated]"
+
+logger = logging.getLogger(__name__)
+
+
+class Outbox:
+    """Take logs and events from any thread, never block, never raise; deliver them while there is room."""
+
+    def __init__(self, client: Client, settings: Settings) -> None:
+        self._settings = settings
+        self._secrets = settings.secrets()
+        largest = settings.logging_to_api_max_log_size
+        self._largest = min(largest, settings.cloud_max_log_size) if settings.is_cloud else largest
+        size = max(settings.logging_to_api_batch_size - self._largest, self._largest)
+        wait = max(settings.logging_to_api_batch_interval, SHORTEST_WAIT)
+        self._logs = _Queue("logs", client.create_logs, size, wait)
+        self._events = _Queue("events", client.create_events, size, wait)
+
+    async def __aenter__(self) -> Self:
+        self._closing = anyio.Event()
+        self._tasks = await anyio.create_task_group().__aenter__()
+        for queue in (self._logs, self._events):
+            self._tasks.start_soon(queue.deliver, self._closing, name=f"deliver {queue.what}")
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        """Deliver what is left, for a few seconds at most, even while being cancelled."""
+        scope = self._tasks.cancel_scope
+        scope.shield, scope.deadline = True, anyio.current_time() + DRAIN_SECONDS
+        self._closing.set()
+        await self._tasks.__aexit__(None, None, None)
+
+    def log(self, record: JSON) -> None:
+        """Send a record in the form of POST /logs/; only Cloud takes one that belongs to no run."""
+        if not (self._settings.is_cloud and record.get("worker_id")):
+            record = {name: value for name, value in record.items() if name != "worker_id"}
+        if self._settings.logging_to_api_enabled and (record.get("flow_run_id") or "worker_id" in record):
+            message = mask(str(record["message"]), self._secrets).replace("\0", "")
+            record = _fitted({**record, "message": message}, self._largest)
+            self._logs.put(record, _size(record))
+
+    def event(self, event: JSON) -> None:
+        """Send an event made by events.event()."""
+        if (size := _size(event)) <= LARGEST_EVENT:
+            self._events.put(event, size)
+
+
+class ApiLogHandler(logging.Handler):
+    """Send what is logged about a flow run to the run's log on the server."""
+
+    def __init__(self, outbox: Outbox) -> None:
+        super().__init__()
+        self._outbox = outbox
+
+    def emit(self, record: logging.LogRecord) -> None:
+        ids = {name: getattr(record, name, None) for name in ("flow_run_id", "task_run_id", "worker_id")}
+        own = record.name.startswith(__name__)  # a failed delivery must not become something to deliver
+        if own or not any(ids.values()) or not getattr(record, "send_to_api", True):
+            return
+        try:
+            self._outbox.log(
+                {
+                    "name": record.name,
+                    "level": record.levelno,
+                    "message": self.format(record),
+                    "timestamp": datetime.fromtimestamp(record.created, timezone.utc).isoformat(),
+                    **{name: value and str(value) for name, value in ids.items()},
+                }
+            )
+        except Exception:
+            self.handleError(record)
+
+
+class _Queue:
+    """What waits to be sent, oldest first; one batch at a time is under way."""
+
+    def __init__(self, what: str, send: Callable[..., Awaitable[None]], batch_size: int, wait: float) -> None:
+        self.what = what
+        self._send, self._batch_size, self._wait = send, batch_size, wait
+        self._items: deque[tuple[JSON, int]] = deque()
+        self._size = 0
+        self._lock = Lock()
+        self._said: set[str] = set()
+
+    def put(self, item: JSON, size: int) -> None:
+        """Append an item; without room for it the oldest go."""
+        self._add([(item, size)], self._items.extend)
+
+    async def deliver(self, closing: anyio.Event) -> None:
+        """Send everything every few seconds, less often while that fails, and a last time when closing."""
+        wait, last = self._wait, False
+        while not last:
+            with anyio.move_on_after(wait):
+                await closing.wait()
+            last = closing.is_set()
+            wait = self._wait if await self._send_all() else min(2 * wait, LONGEST_WAIT)
+
+    async def _send_all(self) -> bool:
+        """Send batch after batch; False if nobody takes them, and then they wait."""
+        while batch := self._take():
+            try:
+                await self._send([item for item, _ in batch], retries=1)
+            except (Unreachable, Unauthorized) as error:
+                self._add(batch[::-1], self._items.extendleft)
+                self._say("%s have to wait: %s", self.what, error)
+                return False
+            except Exception as error:
+                self._say("%s are lost: %s", self.what, error)
+            else:
+                self._said.clear()
+        return True
+
+    def _take(self) -> list[tuple[JSON, int]]:
+        """Take out one item, and more while they fit into one batch."""
+        batch: list[tuple[JSON, int]] = []
+        total = 0
+        with self._lock:
+            while self._items and (not batch or total + self._items[0][1] <= self._batch_size):
+                batch.append(self._items.popleft())
+                total += batch[-1][1]
+            self._size -= total
+        return batch
+
+    def _add(self, items: list[tuple[JSON, int]], extend: Callable[[list[tuple[JSON, int]]], None]) -> None:
+        with self._lock:
+            extend(items)
+            self._size += sum(size for _, size in items)
+            full = self._size > ROOM
+            while self._size > ROOM:
+                self._size -= self._items.popleft()[1]
+        if full:
+            self._say("%s come faster than the server takes them; the oldest are dropped", self.what)
+
+    def _say(self, text: str, *values: object) -> None:
+        """Warn, but only once until things are well again."""
+        if text not in self._said:
+            self._said.add(text)
+            logger.warning(text, *values)
+
+
+def _size(item: JSON | str) -> int:
+    return len(json.dumps(item, ensure_ascii=False, default=str).encode(errors="replace"))
+
+
+def _fitted(record: JSON, largest: int) -> JSON:
+    """Cut the message so that the record has at most `largest` bytes."""
+    text, room = record["message"], largest - _size({**record, "message": ""})
+    if len(text) <= room and _size(text) - 2 <= room:
+        return record
+    head, room = text[:room], room - len(TRUNCATED)
+    end = bisect_right(range(1, len(head) + 1), room, key=lambda length: _size(head[:length]) - 2)
+    return {**record, "message": head[:end] + TRUNCATED}

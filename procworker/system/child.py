@@ -1,0 +1,149 @@
+"""Start one child process, in its own session, with its output in files."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import anyio
+from anyio.abc import Process as Spawned
+
+from procworker.errors import ConfigurationError, SpawnError
+from procworker.system.tree import Process, identify
+
+
+@dataclass(frozen=True)
+class Child:
+    """A process that this worker started."""
+
+    identity: Process
+    _spawned: Spawned
+
+    @property
+    def pid(self) -> int:
+        return self.identity.pid
+
+    async def wait(self) -> int:
+        """Wait for the exit and return its code; minus the signal's number when a signal ended it."""
+        return await self._spawned.wait()
+
+
+def parse_command(command: str) -> list[str]:
+    """Split a command into arguments by the platform's rules; no shell is ever involved.
+
+    Raises ConfigurationError when quotes are left open or nothing is left to run.
+    """
+    try:
+        if os.name == "nt":
+            argv = [part.strip('"') for part in shlex.split(command, posix=False)]
+        else:
+            argv = shlex.split(command)
+    except ValueError as error:
+        raise ConfigurationError(f"command {command!r} cannot be split into arguments: {error}") from error
+    if not argv:
+        raise ConfigurationError("command is blank: leave it out to run the Prefect engine")
+    return argv
+
+
+def join_command(argv: Sequence[str]) -> str:
+    """The inverse of parse_command."""
+    return subprocess.list2cmdline(argv) if os.name == "nt" else shlex.join(argv)
+
+
+async def spawn(argv: Sequence[str], *, cwd: Path, env: Mapping[str, str], stdout: Path, stderr: Path) -> Child:
+    """Start argv with empty stdin and its output appended to two private files.
+
+    Raises SpawnError with a sentence that says what is wrong.
+    """
+    if not cwd.is_dir():
+        what = "is not a directory" if cwd.exists() else "does not exist"
+        raise SpawnError(f"The working directory {str(cwd)!r} {what}.")
+    for name, value in env.items():
+        if not name or "=" in name or "\0" in name + value:
+            raise SpawnError(f"The environment variable {name!r} has a character that no environment can hold.")
+    options = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if sys.platform == "win32" else {}
+    try:
+        with open(stdout, "ab", opener=_private) as out, open(stderr, "ab", opener=_private) as err:
+            # A cancelled open_process cleans up after itself, but the lines after it must not be cut off.
+            with anyio.CancelScope(shield=True):
+                spawned = await anyio.open_process(
+                    list(argv),
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=err,
+                    cwd=cwd,
+                    env=dict(env),
+                    start_new_session=os.name == "posix",
+                    **options,
+                )
+    except (OSError, ValueError) as error:
+        raise SpawnError(_explain(error, argv, env)) from error
+    # A child that is already a zombie still has its pid: nobody else has reaped it.
+    return Child(identify(spawned.pid) or Process(spawned.pid, -1.0), spawned)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def _explain(error: Exception, argv: Sequence[str], env: Mapping[str, str]) -> str:
+    code = getattr(error, "errno", None)
+    if code == errno.E2BIG:
+        largest = sorted(env, key=lambda name: -len(env[name]))[:5]
+        return f"The environment or the command is too large for this system; the largest variables: {largest}."
+    if code == errno.ENOENT:
+        return f"The command {argv[0]!r} was not found; check `command`, `python` and PATH."
+    if code in (errno.EACCES, errno.ENOEXEC):
+        return f"The command {argv[0]!r} is not executable."
+    return f"The command {argv[0]!r} could not be started: {error}."
+
+
+@dataclass(frozen=True)
+class ExitMeaning:
+    """What an exit code usually says, and what to look at next."""
+
+    text: str
+    hint: str
+
+
+def explain_exit(code: int) -> ExitMeaning:
+    """Say what an exit code means (contract 5.4)."""
+    if code in _MEANINGS:
+        return _MEANINGS[code]
+    if code < 0:
+        try:
+            name = signal.Signals(-code).name
+        except ValueError:
+            name = f"signal {-code}"
+        return ExitMeaning(f"It was ended by {name}.", "Look for a crash of native code in its last output.")
+    return ExitMeaning("It ended with an unexpected status.", "Read the last lines of its output.")
+
+
+_MEANINGS = {
+    -9: ExitMeaning(
+        "It was ended by SIGKILL: by hand, or by the system when memory ran out.",
+        "Check how much memory the flow needs; the kernel's log names what it killed.",
+    ),
+    -15: ExitMeaning(
+        "It was ended by SIGTERM: a shutdown or a cancel from outside.",
+        "If nobody cancelled it, look at what stops processes on this host.",
+    ),
+    1: ExitMeaning(
+        "It ended with a general error.",
+        "Look for an exception in the last lines of its output; often the flow could not be loaded.",
+    ),
+    125: ExitMeaning("A container could not be run.", "Check image, entry point and container runtime."),
+    126: ExitMeaning("The command is not executable.", "Check the permissions of the command."),
+    127: ExitMeaning("The command was not found.", "Check PATH and whether the command is installed."),
+    137: ExitMeaning("It was killed, most likely because memory ran out.", "Give it more memory."),
+    143: ExitMeaning("It was ended by SIGTERM inside a wrapper.", "Look at what stops processes on this host."),
+    247: ExitMeaning("It was ended for its memory use.", "Give it more memory, or profile it."),
+    0xC000013A: ExitMeaning("It was ended by Ctrl-C or Ctrl-Break.", "Start it again if that was not meant."),
+}

@@ -1,0 +1,125 @@
+"""Find the Python that runs flows, and what of our own environment must not reach it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from procworker.errors import ConfigurationError
+
+_PROBE = """
+import importlib.util, sys
+if importlib.util.find_spec("prefect") is None: sys.exit(3)
+from importlib.metadata import version
+print(version("prefect"))
+"""
+NO_PREFECT = "pip install 'procworker[prefect]', or name a Python that has Prefect with --python or the job variable `python`"
+
+
+@dataclass(frozen=True)
+class Interpreter:
+    """A Python that has Prefect installed."""
+
+    path: str
+    prefect_version: str
+
+
+def locate(python: str) -> str:
+    """Turn a path, a venv or tox env directory, or a command name into the path of an executable Python.
+
+    Raises ConfigurationError when there is none.
+    """
+    path = Path(python).expanduser()
+    if path.is_dir():
+        candidates = [path / "bin" / "python", path / "Scripts" / "python.exe"]
+        found = next((str(candidate) for candidate in candidates if candidate.exists()), None)
+        if found is None:
+            raise ConfigurationError(f"python {python!r} is a directory without bin/python: not a virtual environment")
+    else:
+        found = shutil.which(str(path))
+        if found is None:
+            raise ConfigurationError(f"python {python!r} does not exist or is not executable")
+    # Not resolved: a venv's python is a link, and only its own path finds the venv's packages.
+    return os.path.abspath(found)
+
+
+def probe(path: str) -> str | None:
+    """Return the Prefect version that this Python has, or None; Prefect itself is not imported.
+
+    Raises ConfigurationError when it cannot be run.
+    """
+    try:
+        stamp = os.stat(path).st_mtime_ns
+    except OSError as error:
+        raise ConfigurationError(f"python {path!r} cannot be used: {error.strerror}") from error
+    return _probe(path, stamp)
+
+
+@lru_cache(maxsize=64)
+def _probe(path: str, stamp: int) -> str | None:
+    try:
+        done = subprocess.run([path, "-c", _PROBE], capture_output=True, text=True, timeout=20, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ConfigurationError(f"python {path!r} cannot be run: {error}") from error
+    if done.returncode not in (0, 3):
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ConfigurationError(f"python {path!r} cannot be used: {last}")
+    return done.stdout.strip() or None
+
+
+def find_interpreter(python: str | None, environ: Mapping[str, str]) -> Interpreter:
+    """Return the Python to run flows with: the one asked for, else the first that has Prefect.
+
+    Looked at in order: procworker's own, VIRTUAL_ENV, `python` on PATH. Raises ConfigurationError with what to type.
+    """
+    candidates = [locate(python)] if python else list(_candidates(environ))
+    for path in candidates:
+        if version := probe(path):
+            return Interpreter(path, version)
+    raise ConfigurationError(f"no Prefect in {' or '.join(candidates)}: {NO_PREFECT}")
+
+
+def _candidates(environ: Mapping[str, str]) -> Iterator[str]:
+    seen = set()
+    places = [sys.executable, environ.get("VIRTUAL_ENV"), shutil.which("python", path=environ.get("PATH"))]
+    for place in filter(None, places):
+        try:
+            path = locate(place)
+        except ConfigurationError:
+            continue
+        if path not in seen:
+            seen.add(path)
+            yield path
+
+
+def inherited(environ: Mapping[str, str], python: str | None) -> dict[str, str]:
+    """Return the environment a child inherits.
+
+    When another interpreter than our own runs the flow, entries under our own virtual environment go: they would
+    lend it our packages. A user's own entries stay.
+    """
+    own = sys.prefix
+    if own == sys.base_prefix or python is None or _within(python, own):
+        return dict(environ)
+    child = dict(environ)
+    for name in ("PATH", "PYTHONPATH"):
+        if name in child:
+            kept = [entry for entry in child[name].split(os.pathsep) if not (entry and _within(entry, own))]
+            child[name] = os.pathsep.join(kept)
+            if not child[name]:
+                del child[name]
+    for name in ("VIRTUAL_ENV", "PYTHONHOME"):
+        if name in child and _within(child[name], own):
+            del child[name]
+    return child
+
+
+def _within(path: str, folder: str) -> bool:
+    path, folder = os.path.abspath(path), os.path.abspath(folder)
+    return path == folder or path.startswith(folder + os.sep)

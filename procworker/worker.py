@@ -1,0 +1,524 @@
+"""Poll a work pool and walk its flow runs. Subclasses say what running one means."""
+
+from __future__ import annotations
+
+import abc
+import logging
+import os
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack
+from datetime import datetime, timedelta, timezone
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from uuid import UUID, uuid4
+
+import anyio
+from anyio.abc import TaskGroup, TaskStatus
+
+from procworker.configuration import BaseJobConfiguration, C, R, V, default_template
+from procworker.errors import ConfigurationError, ObjectNotFound, Unreachable
+from procworker.health import health_server
+from procworker.logs import RunLogger
+from procworker.loops import Loop
+from procworker.outcome import Reason
+from procworker.run import CANCEL_GRACE_SECONDS, Run, Sources
+from procworker.server import events
+from procworker.server.client import Client
+from procworker.server.models import FlowRun, WorkPool
+from procworker.server.outbox import Outbox
+from procworker.settings import Settings
+from procworker.submission import FlowRunFuture, create_adhoc_run, entrypoint_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+T = TypeVar("T")
+
+IDLE_POLL_SECONDS, BUSY_POLL_SECONDS, BUSY_SECONDS = 10.0, 1.0, 30.0
+CANCEL_POLL_SECONDS = 5.0
+STOP_GRACE_SECONDS, DRAIN_SECONDS, LAST_REPORT_SECONDS = 10.0, 10.0, 10.0
+HEALTH_INTERVALS = 30
+"""A worker counts as polling while its last poll is at most this many intervals old (as in Prefect)."""
+
+
+class BaseWorker(abc.ABC, Generic[C, V, R]):
+    """Base of all workers: everything between a work pool and `run`.
+
+    A flow run goes poll -> admit -> claim -> configure -> run -> report -> forget; what follows admit is in run.py.
+    """
+
+    type: str
+    job_configuration: type[C] = BaseJobConfiguration  # type: ignore[assignment]
+    job_configuration_variables: type[V] | None = None
+    extra_variables: ClassVar[frozenset[str]] = frozenset()
+    """Job variables that a pool made by Prefect does not know; added to its template when it has none of them."""
+
+    _documentation_url = ""
+    _logo_url = ""
+    _description = ""
+    _display_name = ""
+
+    _registry: ClassVar[dict[str, type[BaseWorker[Any, Any, Any]]]] = {}
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if isinstance(cls.__dict__.get("type"), str):
+            BaseWorker._registry[cls.type] = cls
+
+    def __init__(
+        self,
+        work_pool_name: str | None,
+        work_queues: list[str] | None = None,
+        name: str | None = None,
+        prefetch_seconds: float | None = None,
+        create_pool_if_not_found: bool = True,
+        limit: int | None = None,
+        heartbeat_interval_seconds: float | None = None,
+        *,
+        base_job_template: dict[str, Any] | None = None,
+        settings: Settings | None = None,
+    ) -> None:
+        """Describe a worker; nothing happens before `start` or `async with`.
+
+        Without a work pool (None) it polls nothing and only runs what `submit` gives it.
+        """
+        if name and ("/" in name or "%" in name):
+            raise ConfigurationError(f"the worker name {name!r} must not contain '/' or '%'")
+        if limit is not None and limit < 1:
+            raise ConfigurationError(f"the limit must be at least 1, not {limit}: leave it out for no limit")
+        self._settings = settings or Settings.load()
+        self.name = name or f"{type(self).__name__} {uuid4()}"
+        self.limit = limit
+        self.heartbeat_interval_seconds = heartbeat_interval_seconds or self._settings.worker_heartbeat_seconds
+        self.backend_id: UUID | None = None
+        self.is_setup = False
+        self.runs: dict[UUID, Run] = {}
+        self.outcomes: Counter[str] = Counter()
+        """How many runs ended in which final state type; UNKNOWN where that could not be found out."""
+        self.drain_seconds = DRAIN_SECONDS
+        self._work_pool_name = work_pool_name
+        self._work_queues = set(work_queues or ())
+        self._prefetch_seconds = (
+            self._settings.worker_prefetch_seconds if prefetch_seconds is None else prefetch_seconds
+        )
+        self._create_pool_if_not_found = create_pool_if_not_found
+        self._base_job_template = base_job_template
+        self._work_pool: WorkPool | None = None
+        self._limiter: anyio.CapacityLimiter | None = None
+        self._logger = logging.getLogger(f"prefect.workers.{self.type}.{self.name.lower()}")
+        self._client: Client | None = None
+        self._outbox: Outbox | None = None
+        self._tasks: TaskGroup | None = None
+        self._stack = AsyncExitStack()
+        self._last_polled_time = datetime.now(timezone.utc)
+        self._active_at = float("-inf")
+        self._more_due = False
+        self._moved = anyio.Event()
+        self._stop_stage = 0
+        self._started_event: dict[str, Any] | None = None
+        self._poll_loop = Loop("Polling", self.get_and_submit_flow_runs, self._poll_seconds)
+
+    def __repr__(self) -> str:
+        return f"Worker(pool={self._work_pool_name!r}, name={self.name!r})"
+
+    # What a worker type is
+
+    @classmethod
+    def get_documentation_url(cls) -> str:
+        return cls._documentation_url
+
+    @classmethod
+    def get_logo_url(cls) -> str:
+        return cls._logo_url
+
+    @classmethod
+    def get_description(cls) -> str:
+        return cls._description
+
+    @classmethod
+    def get_default_base_job_template(cls) -> dict[str, Any]:
+        """Return the job template that a new work pool of this type starts with."""
+        return default_template(cls.job_configuration, cls.job_configuration_variables)
+
+    @staticmethod
+    def get_worker_class_from_type(type: str) -> type[BaseWorker[Any, Any, Any]] | None:
+        """Return the worker class of a type, or None when nobody offers it."""
+        if type not in BaseWorker._registry:
+            _load_workers()
+        return BaseWorker._registry.get(type)
+
+    @staticmethod
+    def get_all_available_worker_types() -> list[str]:
+        _load_workers()
+        return sorted(BaseWorker._registry)
+
+    def get_name_slug(self) -> str:
+        """Return the name as events spell it: lower-case ASCII words joined by hyphens."""
+        return events.slug(self.name)
+
+    # What there is while it is set up
+
+    @property
+    def client(self) -> Client:
+        return _present(self._client)
+
+    @property
+    def work_pool(self) -> WorkPool:
+        return _present(self._work_pool)
+
+    @property
+    def limiter(self) -> anyio.CapacityLimiter:
+        return _present(self._limiter)
+
+    def get_status(self) -> dict[str, Any]:
+        """Return name, work pool and settings as plain data."""
+        pool = self._work_pool.model_dump(mode="json") if self._work_pool else None
+        return {"name": self.name, "work_pool": pool, "settings": {"prefetch_seconds": self._prefetch_seconds}}
+
+    def get_flow_run_logger(self, flow_run: FlowRun) -> RunLogger:
+        """Return a logger whose lines also stand in the run's log on the server."""
+        pool = self._work_pool
+        extra = {
+            "flow_run_name": flow_run.name,
+            "flow_run_id": str(flow_run.id),
+            "flow_name": "<unknown>",
+            "worker_name": self.name,
+            "work_pool_name": self._work_pool_name or "<unknown>",
+            "work_pool_id": str(pool.id) if pool else "unknown",
+        }
+        if self.backend_id:
+            extra["worker_id"] = str(self.backend_id)
+        ship = self._outbox.log if self._outbox and self._settings.logging_to_api_enabled else None
+        return RunLogger(extra, ship, logging.getLevelName(self._settings.logging_level))
+
+    # What a subclass says
+
+    @abc.abstractmethod
+    async def run(self, flow_run: FlowRun, configuration: C, task_status: TaskStatus[Any] | None = None) -> R:
+        """Run one flow run to its end.
+
+        Call `task_status.started(identifier)` as soon as the infrastructure exists; return how it ended.
+        """
+
+    async def kill_infrastructure(
+        self, infrastructure_pid: str, configuration: C, grace_seconds: float = CANCEL_GRACE_SECONDS
+    ) -> None:
+        """End what `run` started, politely for at most grace_seconds; called again, the grace gets shorter.
+
+        Raises InfrastructureNotFound or InfrastructureNotAvailable. Without an override, `run` itself is cancelled.
+        """
+        raise NotImplementedError
+
+    def _inherited_environment(self, configuration: C) -> dict[str, str]:
+        """What a job's `env` is laid over."""
+        return dict(self._settings.exported)
+
+    # Life
+
+    async def __aenter__(self) -> Self:
+        await self.setup()
+        return self
+
+    async def __aexit__(self, *exc_info: Any) -> None:
+        await self.teardown(*exc_info)
+
+    async def setup(self) -> None:
+        """Open the client and make the first sync. A server that is away is no error; what a person must mend is."""
+        if not self._settings.api_url:
+            raise ConfigurationError("PREFECT_API_URL is not set: name your server's API, for example http://127.0.0.1:4200/api")
+        async with AsyncExitStack() as stack:
+            headers = {"X-Prefect-Worker-Name": self.name.strip(" \t")} if self.name.isascii() else {}
+            self._client = await stack.enter_async_context(Client(self._settings, headers=headers))
+            try:
+                await self.sync_with_backend()
+            except Unreachable as error:
+                self._logger.warning("The Prefect API does not answer yet, trying on: %s", error)
+            self._outbox = await stack.enter_async_context(Outbox(self._client, self._settings))
+            self._limiter = None if self.limit is None else anyio.CapacityLimiter(self.limit)
+            self._tasks = await stack.enter_async_context(anyio.create_task_group())
+            self._stack = stack.pop_all()
+        self.is_setup = True
+
+    async def teardown(self, *exc_info: Any) -> None:
+        """Wait for what still runs (end it, when an exception is passed) and close everything."""
+        self.is_setup = False
+        exc_info = exc_info or (None, None, None)
+        if exc_info[0] is None:
+            await self._until(lambda: not self.runs)
+        if self._started_event:
+            self._emit("prefect.worker.stopped", follows=self._started_event)
+        await self._stack.__aexit__(*exc_info)
+        self._client = self._outbox = self._tasks = self._limiter = None
+
+    async def start(
+        self, run_once: bool = False, with_healthcheck: bool = False, printer: Callable[..., None] = print
+    ) -> None:
+        """Work until `stop` is called. With run_once: take what is due now, finish it, and return."""
+        async with AsyncExitStack() as stack:
+            if with_healthcheck:
+                checks = {"/health": self._why_not_alive, "/ready": self._why_not_ready}
+                host, port = self._settings.worker_webserver_host, self._settings.worker_webserver_port
+                port = await stack.enter_async_context(health_server(host, port, checks))
+                printer(f"Health server: http://{host}:{port}/health")
+            await stack.enter_async_context(self)
+            self._started_event = self._emit("prefect.worker.started")
+            printer(f"Worker {self.name!r} started!")
+            async with anyio.create_task_group() as loops:
+                for loop in self._side_loops():
+                    loops.start_soon(loop.run)
+                await (self._take_what_is_due() if run_once else self._poll_until_stopped())
+                with anyio.move_on_after(float("inf") if run_once else self.drain_seconds):
+                    await self._until(lambda: not self.runs or self._stop_stage > 1)
+                await self._end_what_runs()
+                loops.cancel_scope.cancel()
+        printer(f"Worker {self.name!r} stopped!")
+
+    def _side_loops(self) -> list[Loop]:
+        heartbeat = Loop("The heartbeat", self.sync_with_backend, lambda: self.heartbeat_interval_seconds)
+        cancels = Loop("Looking for cancelled runs", self.check_for_cancelled_flow_runs, lambda: CANCEL_POLL_SECONDS)
+        return [heartbeat, cancels]
+
+    async def _poll_until_stopped(self) -> None:
+        async with anyio.create_task_group() as polling:
+            polling.start_soon(self._poll_loop.run)
+            await self._until(lambda: self._stop_stage > 0)
+            polling.cancel_scope.cancel()
+
+    async def _take_what_is_due(self) -> None:
+        """Poll until nothing more is due or the limit was taken; starts wait for room as ever."""
+        await self.sync_with_backend()
+        taken: set[UUID] = set()
+        while self._stop_stage == 0:
+            before = self._moved
+            taken |= {flow_run.id for flow_run in await self.get_and_submit_flow_runs()}
+            if not self._more_due or (self.limit is not None and len(taken) >= self.limit):
+                break
+            await before.wait()
+
+    async def _end_what_runs(self) -> None:
+        """End all runs politely; a further `stop` kills. Reports get a bounded time."""
+        self._end_all(STOP_GRACE_SECONDS)
+        await self._until(lambda: not self.runs or self._stop_stage > 2)
+        self._end_all(0.0)
+        await self._until(lambda: not self.runs)
+
+    def _end_all(self, grace: float) -> None:
+        text = f"The worker {self.name!r} was stopped, and the flow run with it."
+        for run in self.runs.values():
+            run.reporting.deadline = anyio.current_time() + grace + LAST_REPORT_SECONDS
+            self._in_background(run.stop, Reason.STOPPED, text, grace)
+
+    def stop(self) -> None:
+        """Take no more runs and let running ones finish for `drain_seconds`; called again, end them; again, kill."""
+        self._stop_stage += 1
+        self._notify()
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            await self._moved.wait()
+
+    def _notify(self) -> None:
+        moved, self._moved = self._moved, anyio.Event()
+        moved.set()
+
+    # Sync and health
+
+    async def sync_with_backend(self) -> None:
+        """Read the work pool (create it where that is allowed) and send a heartbeat."""
+        if self._client is None or self._work_pool_name is None:
+            return
+        pool = await self._read_or_create_pool(self._client, self._work_pool_name)
+        if pool is None:
+            return
+        if pool.type != self.type and (self._work_pool is None or self._work_pool.type != pool.type):
+            text = f"work pool {pool.name!r} is of type {pool.type!r}, but this worker serves {self.type!r} pools"
+            if not self.is_setup:
+                raise ConfigurationError(f"{text}: choose another pool, or another worker type with --type")
+            self._logger.warning("Now %s", text)
+        self._work_pool = pool
+        worker_id = await self._client.send_worker_heartbeat(
+            pool.name, self.name, self.heartbeat_interval_seconds, get_worker_id=self.backend_id is None, retries=0
+        )
+        self.backend_id = worker_id or self.backend_id
+
+    async def _read_or_create_pool(self, client: Client, name: str) -> WorkPool | None:
+        try:
+            pool = await client.read_work_pool(name, retries=0)
+        except ObjectNotFound:
+            if not self._create_pool_if_not_found:
+                self._logger.warning("Work pool %r does not exist: create it, or choose another with --pool", name)
+                return None
+            pool = await client.create_work_pool(name, self.type, self._base_job_template)
+            self._logger.info("Work pool %r created", name)
+        if not pool.base_job_template:
+            template = self.get_default_base_job_template()
+            await client.update_work_pool(name, template)
+            pool = pool.model_copy(update={"base_job_template": template})
+        return pool
+
+    def is_worker_still_polling(self, query_interval_seconds: float) -> bool:
+        """Was the last poll at most 30 intervals (seconds) ago? The server's announced maintenance does not count."""
+        window = query_interval_seconds * HEALTH_INTERVALS
+        back_at = self._client.http.maintenance_ends_at if self._client else None
+        if back_at is not None and anyio.current_time() <= back_at + window:
+            return True
+        if datetime.now(timezone.utc) - self._last_polled_time <= timedelta(seconds=window):
+            return True
+        self._logger.error("The worker has not polled for more than %.0f seconds", window)
+        return False
+
+    def _why_not_alive(self) -> str | None:
+        interval = self._settings.worker_query_seconds or IDLE_POLL_SECONDS
+        return None if self.is_worker_still_polling(interval) else "Worker may be unresponsive at this time"
+
+    def _why_not_ready(self) -> str | None:
+        if self._work_pool is None:
+            return "The work pool has not been read yet"
+        if self._work_pool.is_paused:
+            return f"Work pool {self._work_pool.name!r} is paused"
+        if self._poll_loop.failures or self._poll_loop.last_success is None:
+            return f"{self._poll_loop.failures} failed polls in a row"
+        return None
+
+    # Poll and admit
+
+    def _poll_seconds(self) -> float:
+        if self._settings.worker_query_seconds is not None:
+            return self._settings.worker_query_seconds
+        busy = anyio.current_time() - self._active_at < BUSY_SECONDS
+        return BUSY_POLL_SECONDS if busy else IDLE_POLL_SECONDS
+
+    def _room(self) -> int:
+        """How many runs may be taken now: within the limit, and with at most one start per CPU under way."""
+        room = (os.cpu_count() or 1) - sum(run.starting for run in self.runs.values())
+        return room if self.limit is None else min(room, self.limit - len(self.runs))
+
+    async def get_and_submit_flow_runs(self) -> list[FlowRun]:
+        """Poll once and start as many due flow runs as there is room for; return those that are starting."""
+        client = self.client
+        if self._work_pool_name is None or self._work_pool is None:
+            return []  # not synced yet
+        room = self._room()
+        if room > 0:
+            horizon = datetime.now(timezone.utc) + timedelta(seconds=int(self._prefetch_seconds))
+            try:
+                rows = await client.get_scheduled_flow_runs_for_work_pool(
+                    self._work_pool_name, sorted(self._work_queues), horizon, len(self.runs) + room + 1, retries=0
+                )
+            except ObjectNotFound as error:
+                self._logger.warning("Nothing to poll, the pool or a queue does not exist: %s", error)
+                rows = []
+            due = [row.flow_run for row in rows if row.flow_run.id not in self.runs]
+            self._more_due = len(due) > room
+            sources, answered_at = Sources(), anyio.current_time()
+            for flow_run in due[:room]:
+                run = Run(self, flow_run, self.get_flow_run_logger(flow_run), sources, answered_at)
+                if self._limiter is not None:
+                    self._limiter.acquire_on_behalf_of_nowait(run.id)
+                self._admit(run)
+        self._last_polled_time = datetime.now(timezone.utc)
+        return [run.flow_run for run in self.runs.values() if run.starting]
+
+    async def submit(
+        self, flow: Any, parameters: dict[str, Any] | None = None, job_variables: dict[str, Any] | None = None
+    ) -> FlowRunFuture:
+        """Run a Prefect flow object or an entrypoint ("file.py:flow") now; return its future.
+
+        Raises ConfigurationError for a flow without a file and for parameters that are not JSON.
+        """
+        entrypoint, transition_id = entrypoint_of(flow), uuid4()
+        flow_run = await create_adhoc_run(
+            self.client, flow, entrypoint, parameters, job_variables, transition_id, self._work_pool_name
+        )
+        return await self.execute(flow_run, transition_id)
+
+    async def execute(self, flow_run: FlowRun, transition_id: UUID | None = None) -> FlowRunFuture:
+        """Run an existing flow run now: one created in PENDING under transition_id, or a scheduled one to claim."""
+        run = Run(self, flow_run, self.get_flow_run_logger(flow_run), Sources(), anyio.current_time())
+        if transition_id is not None:
+            run.transition_id, run.claimed = transition_id, True
+        if self._limiter is not None:
+            await self._limiter.acquire_on_behalf_of(run.id)
+        run.future = FlowRunFuture(flow_run)
+        self._admit(run)
+        return run.future
+
+    def _admit(self, run: Run) -> None:
+        self.runs[run.id] = run
+        self._active_at = anyio.current_time()
+        self._in_background(self._walk, run)
+
+    async def _walk(self, run: Run) -> None:
+        try:
+            await run.walk()
+        finally:
+            del self.runs[run.id]
+            if self._limiter is not None:
+                self._limiter.release_on_behalf_of(run.id)
+            if run.claimed:
+                self.outcomes[run.final_state.type if run.final_state else "UNKNOWN"] += 1
+            if run.future is not None:
+                run.future.finish(run.final_state)
+            self._active_at = anyio.current_time()
+            self._run_moved()
+
+    def _run_moved(self) -> None:
+        """A run has started or ended: there may be room for the next."""
+        if self._more_due:
+            self._poll_loop.wake()
+        self._notify()
+
+    def _in_background(self, work: Callable[..., Awaitable[object]], *args: Any) -> None:
+        _present(self._tasks).start_soon(work, *args)
+
+    # Cancel
+
+    async def check_for_cancelled_flow_runs(self) -> None:
+        """Ask once about all runs at hand, and end those that somebody wants cancelled."""
+        ids = [run.id for run in self.runs.values() if run.claimed and run.reason is None]
+        if ids:
+            for flow_run in await self.client.read_flow_runs_by_state(ids, ["CANCELLING", "CANCELLED"], retries=0):
+                self._in_background(self.cancel_run, flow_run)
+
+    async def cancel_run(self, flow_run: FlowRun) -> None:
+        """End the processes of a run at hand; its own line then reports it as Cancelled."""
+        run = self.runs.get(flow_run.id)
+        if run is None:
+            self._logger.info("Flow run %r does not run on this worker", flow_run.name)
+        else:
+            await run.stop(Reason.CANCELLED, "", CANCEL_GRACE_SECONDS)
+
+    # Events
+
+    def _emit(
+        self, event: str, run: Run | None = None, follows: Mapping[str, Any] | None = None
+    ) -> dict[str, Any] | None:
+        """Send an event beside the line; returned so that another can follow it."""
+        if self._outbox is None:
+            return None
+        objects: dict[str, Any] = {}
+        identifier = status_code = None
+        if run is not None:
+            objects = {"deployment": run.deployment, "flow": run.flow, "flow-run": run.flow_run}
+        if run is not None and run.result is not None:
+            identifier, status_code = run.result.identifier, run.result.status_code
+        related = events.related(objects, self._work_pool, identifier, status_code)
+        made = events.event(event, events.worker_resource(self.type, self.name), related, follows)
+        self._outbox.event(made)
+        return made
+
+
+def _present(thing: T | None) -> T:
+    if thing is None:
+        raise RuntimeError("The worker is not correctly initialized: use it within `async with`, and give it what you ask for")
+    return thing
+
+
+def _load_workers() -> None:
+    """Import what the entry-point group names; a package that fails to import is named and left out."""
+    for entry in entry_points(group="procworker.workers"):
+        try:
+            entry.load()
+        except Exception as error:
+            logging.getLogger(__name__).warning("Worker type %r cannot be loaded: %s", entry.name, error)

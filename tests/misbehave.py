@@ -1,0 +1,276 @@
+"""A child that behaves badly on request, and a look at what it left behind; needs nothing but Python.
+
+    python misbehave.py MODE [ARGUMENT]
+
+Each mode says `READY <pid> <pgid> <sid>` once it misbehaves; modes with descendants then say `CHILD <pid>` for each.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+FOREVER = 600.0
+SLEEP = [sys.executable, "-S", "-E", "-c", f"import time; time.sleep({FOREVER})"]
+MODES: dict[str, Callable[..., None]] = {}
+
+
+def mode(function: Callable[..., None]) -> Callable[..., None]:
+    """Make a function a mode; its name with dashes is what the command line says."""
+    MODES[function.__name__.replace("_", "-")] = function
+    return function
+
+
+def say(*words: object) -> None:
+    """One line, at once and in one write, so that lines of several processes do not mix."""
+    os.write(1, (" ".join(map(str, words)) + "\n").encode())
+
+
+def ready() -> None:
+    """Tell the test that from now on the mode is what it says."""
+    say("READY", os.getpid(), os.getpgrp(), os.getsid(0))
+
+
+def wait(seconds: float = FOREVER) -> None:
+    """Sleep through signals that have handlers."""
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        time.sleep(left)
+
+
+def start(command: list[str], **how: object) -> subprocess.Popen[bytes]:
+    """Start a descendant and name it."""
+    child = subprocess.Popen(command, **how)  # type: ignore[call-overload]
+    say("CHILD", child.pid)
+    return child
+
+
+@mode
+def sleep(seconds: str = "600") -> None:
+    """Do nothing for a while, and die of the first signal."""
+    ready()
+    wait(float(seconds))
+
+
+@mode
+def exit(code: str = "0") -> None:
+    """End with this code."""
+    ready()
+    sys.exit(int(code))
+
+
+@mode
+def die(number: str = "9") -> None:
+    """End by this signal."""
+    ready()
+    signal.signal(int(number), signal.SIG_DFL) if int(number) not in (signal.SIGKILL, signal.SIGSTOP) else None
+    os.kill(os.getpid(), int(number))
+    wait()
+
+
+@mode
+def ignore_term() -> None:
+    """Take no notice of TERM, INT and HUP."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    ready()
+    wait()
+
+
+@mode
+def slow_term(seconds: str = "1") -> None:
+    """Take this long to end after TERM, then end with 0."""
+
+    def tidy_up(*_: object) -> None:
+        say("TERM")
+        time.sleep(float(seconds))
+        say("TIDY")
+        os._exit(0)
+
+    signal.signal(signal.SIGTERM, tidy_up)
+    ready()
+    wait()
+
+
+@mode
+def stop_itself() -> None:
+    """Stop, so that TERM alone has no effect."""
+    ready()
+    os.kill(os.getpid(), signal.SIGSTOP)
+    wait()
+
+
+@mode
+def sh_wait() -> None:
+    """A shell between us and the one that matters."""
+    shell = subprocess.Popen(["sh", "-c", f"sleep {FOREVER:.0f} & echo CHILD $!; wait"])
+    say("CHILD", shell.pid)
+    ready()
+    shell.wait()
+
+
+@mode
+def setsid() -> None:
+    """A child in a session of its own."""
+    start(SLEEP, start_new_session=True)
+    ready()
+    wait()
+
+
+@mode
+def daemon() -> None:
+    """Fork twice, so that the daemon is nobody's child; then wait."""
+    _daemonize()
+    ready()
+    wait()
+
+
+@mode
+def daemon_exit(code: str = "0") -> None:
+    """The same, but end at once."""
+    _daemonize()
+    ready()
+    sys.exit(int(code))
+
+
+@mode
+def daemon_clean() -> None:
+    """A daemon that also cleared its environment, so that no cookie tells where it came from; then wait."""
+    _daemonize(env={})
+    ready()
+    wait()
+
+
+@mode
+def keep_stdout(code: str = "0") -> None:
+    """End at once, while a grandchild keeps standard output open."""
+    start(SLEEP)
+    ready()
+    sys.exit(int(code))
+
+
+@mode
+def nohup() -> None:
+    """Leave a background child that ignores HUP and TERM; end with 0."""
+    code = f"import signal, time; signal.signal(15, signal.SIG_IGN); print('DEAF', flush=True); time.sleep({FOREVER})"
+    child = start(["nohup", sys.executable, "-S", "-E", "-c", code], stdout=subprocess.PIPE)
+    assert child.stdout
+    child.stdout.readline()
+    ready()
+    os._exit(0)
+
+
+@mode
+def forker(every: str = "0.005") -> None:
+    """A new short-lived child every few milliseconds, at most 200 alive; deaf to TERM, and so are they."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    ready()
+    for _ in range(int(30 / float(every))):
+        if (pid := os.fork()) == 0:
+            time.sleep(200 * float(every))
+            os._exit(0)
+        say("CHILD", pid)
+        time.sleep(float(every))
+
+
+@mode
+def tree(depth: str = "3") -> None:
+    """A chain of this many descendants, each the parent of the next, all asleep."""
+    if int(depth):
+        start([sys.executable, "-S", "-E", os.path.abspath(__file__), "tree", str(int(depth) - 1)])
+    ready()
+    wait()
+
+
+@mode
+def close_stdout() -> None:
+    """Close both outputs and live on."""
+    ready()
+    os.close(1)
+    os.close(2)
+    wait()
+
+
+@mode
+def huge_line(size: str = "5000000") -> None:
+    """One line of so many bytes."""
+    ready()
+    _write(b"x" * int(size) + b"\n")
+
+
+@mode
+def binary() -> None:
+    """Every byte there is, no line end, no valid text."""
+    ready()
+    _write(bytes(range(256)) * 16)
+
+
+@mode
+def split_text() -> None:
+    """A multi-byte character, one byte at a time."""
+    ready()
+    for byte in "snow ☃ man\n".encode():
+        _write(bytes([byte]))
+        time.sleep(0.01)
+
+
+@mode
+def spin(seconds: str = "600") -> None:
+    """Numbered lines as fast as they go."""
+    ready()
+    end, number = time.monotonic() + float(seconds), 0
+    while time.monotonic() < end:
+        _write(b"".join(b"line %d\n" % (number + i) for i in range(100)))
+        number += 100
+
+
+@mode
+def lines(count: str = "10", every: str = "0") -> None:
+    """So many numbered lines on standard output, and as many on standard error."""
+    ready()
+    for number in range(int(count)):
+        _write(b"out %d\n" % number)
+        os.write(2, b"err %d\n" % number)
+        time.sleep(float(every))
+
+
+@mode
+def truncate_output() -> None:
+    """What `echo x > /dev/stdout` does when standard output is a file."""
+    ready()
+    say("before")
+    with open("/dev/stdout", "wb") as stdout:
+        stdout.write(b"after\n")
+
+
+def _daemonize(**how: object) -> None:
+    """Start a sleeper through a parent that ends at once; when this returns, init has adopted it."""
+    code = f"import subprocess, sys; p = subprocess.Popen({SLEEP!r}, start_new_session=True); print('CHILD', p.pid)"
+    subprocess.run([sys.executable, "-S", "-E", "-c", code], check=True, **how)  # type: ignore[call-overload]
+
+
+def _write(data: bytes) -> None:
+    while data:
+        data = data[os.write(1, data) :]
+
+
+def survivors(cookie: str) -> dict[int, str]:
+    """The living processes, other than this one, whose environment holds the string: pid and command line."""
+    found = {}
+    for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
+        try:
+            with open(f"/proc/{pid}/environ", "rb") as environ, open(f"/proc/{pid}/cmdline", "rb") as command:
+                if pid != os.getpid() and cookie.encode() in environ.read():
+                    found[pid] = command.read().replace(b"\0", b" ").decode(errors="replace").strip()
+        except OSError:
+            continue
+    return found
+
+
+if __name__ == "__main__":
+    MODES[sys.argv[1]](*sys.argv[2:])
