@@ -111,7 +111,9 @@ class BaseJobConfiguration(BaseModel):
         if deployment is None and flow_run.deployment_id:
             deployment = await client.read_deployment(flow_run.deployment_id)
         flow = await client.read_flow(flow_run.flow_id)
-        variables = merge_job_variables(deployment.job_variables if deployment else {}, flow_run.job_variables)
+        variables = merge_job_variables(
+            deployment.job_variables if deployment else {}, flow_run.job_variables
+        )
         configuration = await cls.from_template_and_values(work_pool.base_job_template, variables, client)
         configuration.prepare(flow_run, deployment, flow, work_pool, worker_name, worker_id)
         return configuration
@@ -132,7 +134,7 @@ class BaseJobConfiguration(BaseModel):
         worker_id: UUID | None,
     ) -> None:
         """Call `prepare_for_flow_run` with as many arguments as this class's version takes (2.x took three)."""
-        extra = {"work_pool": work_pool, "worker_name": worker_name, "worker_id": worker_id}
+        extra: dict[str, Any] = {"work_pool": work_pool, "worker_name": worker_name, "worker_id": worker_id}
         taken = _parameters(type(self).prepare_for_flow_run)
         keywords = {name: value for name, value in extra.items() if taken is None or name in taken}
         self.prepare_for_flow_run(flow_run, deployment, flow, **keywords)
@@ -195,7 +197,9 @@ def fill_template(base_job_template: JSON, values: Mapping[str, Any]) -> JSON:
     """Lay values over the template's defaults and fill its job configuration (contract 4.2, steps 3 to 8)."""
     for part in ("job_configuration", "variables"):
         if not isinstance(base_job_template.get(part), dict):
-            raise ConfigurationError(f"the base job template has no {part!r}: `procworker template` prints a whole one")
+            raise ConfigurationError(
+                f"the base job template has no {part!r}: `procworker template` prints a whole one"
+            )
     properties: JSON = base_job_template["variables"].get("properties") or {}
     job = copy.deepcopy(base_job_template["job_configuration"])
     variables = {
@@ -225,7 +229,9 @@ def _expand_dotted(values: Mapping[str, Any]) -> JSON:
             try:
                 set_in_dict(expanded, name, value)
             except TypeError as error:
-                raise ConfigurationError(f"job variable {name!r} goes through a value that is no mapping") from error
+                raise ConfigurationError(
+                    f"job variable {name!r} goes through a value that is no mapping"
+                ) from error
     for name, value in values.items():
         if "." not in name:
             both = isinstance(expanded.get(name), dict) and isinstance(value, dict)
@@ -295,7 +301,7 @@ class BaseVariables(BaseModel):
     )
 
     @classmethod
-    def model_json_schema(
+    def model_json_schema(  # type: ignore[override]  # pydantic's releases differ in the types of these
         cls,
         by_alias: bool = True,
         ref_template: str = "#/definitions/{model}",
@@ -345,8 +351,14 @@ def with_extra_variables(base_job_template: JSON, own_template: JSON, names: fro
     own_properties = own_template["variables"]["properties"]
     return {
         **base_job_template,
-        "job_configuration": {**job, **{name: own_template["job_configuration"][name] for name in sorted(names)}},
-        "variables": {**schema, "properties": {**properties, **{name: own_properties[name] for name in sorted(names)}}},
+        "job_configuration": {
+            **job,
+            **{name: own_template["job_configuration"][name] for name in sorted(names)},
+        },
+        "variables": {
+            **schema,
+            "properties": {**properties, **{name: own_properties[name] for name in sorted(names)}},
+        },
     }
 
 

@@ -1,16 +1,16 @@
 """The exception family, named by what the caller can do.
 
-    ProcworkerError
-    ├── ConfigurationError           change the setting, template or argument that the message names
-    ├── SpawnError                   the command could not be started; the message says why
-    ├── ApiError
-    │   ├── Unreachable              try again later: no answer, a broken answer, 408, 429, 5xx
-    │   ├── Unauthorized             401 or 403: change the credentials
-    │   └── Rejected                 trying again cannot help
-    │       └── ObjectNotFound       404: the thing is gone
-    └── InfrastructureError
-        ├── InfrastructureNotFound       nothing with that identifier exists any more
-        └── InfrastructureNotAvailable   it exists, but cannot be reached from this host
+ProcworkerError
+├── ConfigurationError           change the setting, template or argument that the message names
+├── SpawnError                   the command could not be started; the message says why
+├── ApiError
+│   ├── Unreachable              try again later: no answer, a broken answer, 408, 429, 5xx
+│   ├── Unauthorized             401 or 403: change the credentials
+│   └── Rejected                 trying again cannot help
+│       └── ObjectNotFound       404: the thing is gone
+└── InfrastructureError
+    ├── InfrastructureNotFound       nothing with that identifier exists any more
+    └── InfrastructureNotAvailable   it exists, but cannot be reached from this host
 """
 
 from __future__ import annotations
@@ -62,3 +62,9 @@ class InfrastructureNotFound(InfrastructureError):
 
 class InfrastructureNotAvailable(InfrastructureError):
     """The infrastructure exists, but not where this worker can reach it."""
+
+
+def single(error: BaseException) -> BaseException:
+    """Unwrap exception groups that hold one exception, as task groups make them."""
+    inner: tuple[BaseException, ...] = getattr(error, "exceptions", ())
+    return single(inner[0]) if len(inner) == 1 else error

@@ -65,7 +65,5 @@ def _response(request_line: str, checks: dict[str, Check]) -> bytes:
     else:
         status, message = "503 Service Unavailable", reason
     body = json.dumps({"message": message}).encode()
-    head = (
-        f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-    )
+    head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
     return head.encode() + (b"" if method == "HEAD" else body)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import random
-from typing import TypeVar
 from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 import anyio
 
@@ -23,13 +23,34 @@ def jittered(seconds: float) -> float:
     return seconds * random.uniform(1 - JITTER, 1 + JITTER)
 
 
+class Moved:
+    """Tell waiters that something has changed, so that they look again."""
+
+    def __init__(self) -> None:
+        self._event = anyio.Event()
+
+    def notify(self) -> None:
+        event, self._event = self._event, anyio.Event()
+        event.set()
+
+    def mark(self) -> anyio.Event:
+        """Return what will be set by the next change, for waiting on it later."""
+        return self._event
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            await self._event.wait()
+
+
 class Loop:
     """Repeat `work` for ever; one failed turn delays the next and never ends the loop.
 
     `interval` is asked before each pause (seconds). `wake` ends the pause early.
     """
 
-    def __init__(self, what: str, work: Callable[[], Awaitable[object]], interval: Callable[[], float]) -> None:
+    def __init__(
+        self, what: str, work: Callable[[], Awaitable[object]], interval: Callable[[], float]
+    ) -> None:
         self._what = what
         self._work = work
         self._interval = interval
@@ -47,9 +68,13 @@ class Loop:
         except Exception as error:
             self.failures += 1
             level = logging.ERROR if isinstance(error, Unauthorized) else logging.WARNING
-            if self.failures & (self.failures - 1) == 0:  # the 1st, 2nd, 4th, 8th ...: a long outage fills no disk
+            if (
+                self.failures & (self.failures - 1) == 0
+            ):  # the 1st, 2nd, 4th, 8th ...: a long outage fills no disk
                 text = f"{type(error).__name__}: {error}"
-                logger.log(level, "%s failed %d times in a row, going on: %s", self._what, self.failures, text)
+                logger.log(
+                    level, "%s failed %d times in a row, going on: %s", self._what, self.failures, text
+                )
         else:
             if self.failures:
                 logger.info("%s works again after %d failures", self._what, self.failures)

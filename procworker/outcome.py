@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import pairwise
 from uuid import UUID
 
 from pydantic import ValidationError
@@ -64,7 +65,7 @@ def overwritten_by(history: Sequence[State], transition_id: UUID) -> State | Non
 
     Servers accept PENDING on a run that has ended meanwhile (contract 0), so a claim is judged by what it followed.
     """
-    for before, state in zip(history, history[1:], strict=False):
+    for before, state in pairwise(history):
         if carries_id(state, transition_id) and before.type != "SCHEDULED":
             return before
     return None
@@ -121,6 +122,9 @@ def _message(text: str, facts: Facts) -> str:
 def one_line(error: Exception | None) -> str:
     """Say what went wrong, with its place in the configuration but without its values (they may be secrets)."""
     if isinstance(error, ValidationError):
-        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors(include_input=False)]
+        faults = [
+            f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
+            for fault in error.errors(include_input=False)
+        ]
         return f"The job configuration is invalid: {'; '.join(faults)}."
     return " ".join(str(error).split()) or type(error).__name__

@@ -51,7 +51,9 @@ class ProcessJobConfiguration(BaseJobConfiguration):
 class ProcessVariables(BaseVariables):
     """The job variables of process pools: Prefect's six and procworker's own."""
 
-    stream_output: bool = Field(default=True, description="Print the output of flow runs where the worker prints.")
+    stream_output: bool = Field(
+        default=True, description="Print the output of flow runs where the worker prints."
+    )
     working_dir: Path | None = Field(
         default=None,
         title="Working Directory",
@@ -63,10 +65,14 @@ class ProcessVariables(BaseVariables):
         description="The Python that runs the flow: a path, a virtual environment or a tox environment directory.",
     )
     timeout_seconds: float | None = Field(
-        default=None, title="Timeout", description="Seconds after which a flow run is ended and reported as TimedOut."
+        default=None,
+        title="Timeout",
+        description="Seconds after which a flow run is ended and reported as TimedOut.",
     )
     grace_seconds: float | None = Field(
-        default=None, title="Grace", description="Seconds between SIGTERM and SIGKILL on cancel and timeout (30)."
+        default=None,
+        title="Grace",
+        description="Seconds between SIGTERM and SIGKILL on cancel and timeout (30).",
     )
     leftovers: Literal["kill", "allow"] = Field(
         default="kill", description="What to do with processes that a flow leaves behind when it ends."
@@ -89,7 +95,9 @@ class ProcessWorker(BaseWorker[ProcessJobConfiguration, ProcessVariables, Proces
     _display_name = "Process"
     _documentation_url = "https://docs.prefect.io/latest/"
 
-    def __init__(self, *args: Any, python: str | None = None, sink: Sink = print_line, **options: Any) -> None:
+    def __init__(
+        self, *args: Any, python: str | None = None, sink: Sink = print_line, **options: Any
+    ) -> None:
         """As BaseWorker; `python` runs flows whose job names no other, `sink` takes their output line by line."""
         super().__init__(*args, **options)
         self._python = python
@@ -127,7 +135,9 @@ class ProcessWorker(BaseWorker[ProcessJobConfiguration, ProcessVariables, Proces
                     stdout=directory.stdout,
                     stderr=directory.stderr,
                 )
-                return await self._watch(flow_run, configuration, child, Family(child.identity, cookie), directory, task_status)
+                return await self._watch(
+                    flow_run, configuration, child, Family(child.identity, cookie), directory, task_status
+                )
         finally:
             directory.remove()
 
@@ -163,7 +173,9 @@ class ProcessWorker(BaseWorker[ProcessJobConfiguration, ProcessVariables, Proces
         finally:
             del self._families[str(child.pid)]
         if left := family.ended - before:
-            self.get_flow_run_logger(flow_run).warning("Ended %d processes that the flow run left behind", len(left))
+            self.get_flow_run_logger(flow_run).warning(
+                "Ended %d processes that the flow run left behind", len(left)
+            )
         remarks = [explain_exit(code).text, explain_exit(code).hint] if code else []
         if family.survivors:
             remarks.append(f"Could not be killed: {', '.join(map(describe, family.survivors))}.")
@@ -185,7 +197,9 @@ class ProcessWorker(BaseWorker[ProcessJobConfiguration, ProcessVariables, Proces
         """
         host, _, pid = infrastructure_pid.rpartition(":")
         if host and host != socket.gethostname():
-            raise InfrastructureNotAvailable(f"Process {pid} runs on host {host!r}, not on {socket.gethostname()!r}.")
+            raise InfrastructureNotAvailable(
+                f"Process {pid} runs on host {host!r}, not on {socket.gethostname()!r}."
+            )
         family = self._families.get(pid)
         if family is None:
             raise InfrastructureNotFound(f"Process {pid} was not started by this worker, or has ended.")

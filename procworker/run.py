@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from functools import partial
 from typing import Any, ClassVar, Protocol, TypeVar
 from uuid import UUID, uuid4
@@ -12,11 +12,25 @@ import anyio
 from anyio.abc import TaskStatus
 from pydantic import ValidationError
 
-from procworker.configuration import BaseJobConfiguration, BaseWorkerResult, merge_job_variables, with_extra_variables
+from procworker.configuration import (
+    BaseJobConfiguration,
+    BaseWorkerResult,
+    merge_job_variables,
+    with_extra_variables,
+)
 from procworker.errors import ApiError, InfrastructureNotFound, ObjectNotFound, ProcworkerError, Unreachable
 from procworker.logs import RunLogger
 from procworker.loops import patiently
-from procworker.outcome import DeploymentGone, Facts, Reason, carries_id, decide, one_line, overwritten_by, owns
+from procworker.outcome import (
+    DeploymentGone,
+    Facts,
+    Reason,
+    carries_id,
+    decide,
+    one_line,
+    overwritten_by,
+    owns,
+)
 from procworker.server.client import Client
 from procworker.server.models import Deployment, Flow, FlowRun, State, WorkPool, new_state
 from procworker.submission import FlowRunFuture
@@ -51,7 +65,7 @@ class Host(Protocol):
     name: str
     type: str
     backend_id: UUID | None
-    job_configuration: type[Any]
+    job_configuration: Any
     extra_variables: ClassVar[frozenset[str]]
     _work_pool: WorkPool | None
     _base_job_template: dict[str, Any] | None
@@ -61,11 +75,17 @@ class Host(Protocol):
     @classmethod
     def get_default_base_job_template(cls) -> dict[str, Any]: ...
     def _inherited_environment(self, configuration: Any) -> dict[str, str]: ...
-    async def run(self, flow_run: FlowRun, configuration: Any, task_status: TaskStatus[Any] | None = None) -> Any: ...
-    async def kill_infrastructure(self, infrastructure_pid: str, configuration: Any, grace_seconds: float) -> None: ...
-    def _in_background(self, work: Callable[..., Awaitable[object]], *args: Any) -> None: ...
+    async def run(
+        self, flow_run: FlowRun, configuration: Any, task_status: TaskStatus[Any] | None = None
+    ) -> Any: ...
+    async def kill_infrastructure(
+        self, infrastructure_pid: str, configuration: Any, grace_seconds: float
+    ) -> None: ...
+    def _in_background(self, work: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> None: ...
     def _run_moved(self) -> None: ...
-    def _emit(self, event: str, run: Any, follows: Mapping[str, Any] | None = None) -> dict[str, Any] | None: ...
+    def _emit(
+        self, event: str, run: Any, follows: Mapping[str, Any] | None = None
+    ) -> dict[str, Any] | None: ...
 
 
 class Started(TaskStatus[Any]):
@@ -83,7 +103,9 @@ class Started(TaskStatus[Any]):
 class Run:
     """One flow run. The task that walks it owns it; to end it early, others write down a reason and end its processes."""
 
-    def __init__(self, host: Host, flow_run: FlowRun, log: RunLogger, sources: Sources, answered_at: float) -> None:
+    def __init__(
+        self, host: Host, flow_run: FlowRun, log: RunLogger, sources: Sources, answered_at: float
+    ) -> None:
         self.flow_run = flow_run
         self.id = flow_run.id
         self.log = log
@@ -110,6 +132,10 @@ class Run:
     def starting(self) -> bool:
         return self.identifier is None and self.result is None and self.error is None
 
+    @property
+    def stopped_text(self) -> str:
+        return f"The worker {self._host.name!r} was stopped, and the flow run with it."
+
     async def walk(self) -> None:
         """Claim, configure, run, report; whatever goes wrong in a run stays in it."""
         try:
@@ -121,7 +147,9 @@ class Run:
         except Exception as error:
             self.error = error
             known = isinstance(error, ProcworkerError | ValidationError)
-            self.log.error("Flow run %r did not start: %s", self.flow_run.name, one_line(error), exc_info=not known)
+            self.log.error(
+                "Flow run %r did not start: %s", self.flow_run.name, one_line(error), exc_info=not known
+            )
         finally:
             if self.claimed:
                 await self._report()
@@ -145,21 +173,27 @@ class Run:
             # A REJECT that shows our own transition id answers a repeated request.
             own = answer.state is not None and carries_id(answer.state, self.transition_id)
             if not own or answer.state is None or answer.state.type != "PENDING":
-                self.log.info("Flow run %r is not ours to run: %s", name, answer.details.get("reason", answer.status))
+                self.log.info(
+                    "Flow run %r is not ours to run: %s", name, answer.details.get("reason", answer.status)
+                )
                 return
         self.claimed = True
         history = await patiently(partial(client.read_flow_run_states, self.id))
         if (before := overwritten_by(history, self.transition_id)) is not None:
             self.claimed = False
             await self._put_back(before)
-        elif not owns(history, self.transition_id) or (history[-1].is_final() and not history[-1].is_cancelling()):
+        elif not owns(history, self.transition_id) or (
+            history[-1].is_final() and not history[-1].is_cancelling()
+        ):
             self.claimed = False
         elif history[-1].is_cancelling():
             self.reason = Reason.CANCELLED
 
     async def _put_back(self, state: State) -> None:
         """Our claim overwrote the end of another attempt: make it stand again."""
-        self.log.info("Flow run %r was %s already and is left so", self.flow_run.name, state.name or state.type)
+        self.log.info(
+            "Flow run %r was %s already and is left so", self.flow_run.name, state.name or state.type
+        )
         body = new_state(state.type, state.name, state.message, uuid4(), _details(state), state.data)
         await patiently(partial(self._host.client.set_flow_run_state, self.id, body, force=True))
 
@@ -169,7 +203,9 @@ class Run:
         try:
             self.deployment = await self._sources.read(flow_run.deployment_id, host.client.read_deployment)
         except ObjectNotFound as error:
-            raise DeploymentGone(f"The deployment {flow_run.deployment_id} of this flow run no longer exists.") from error
+            raise DeploymentGone(
+                f"The deployment {flow_run.deployment_id} of this flow run no longer exists."
+            ) from error
         self.flow = await self._sources.read(flow_run.flow_id, host.client.read_flow)
         own = host.get_default_base_job_template()
         template = (pool and pool.base_job_template) or host._base_job_template or own
@@ -177,7 +213,9 @@ class Run:
         variables = merge_job_variables(
             self.deployment.job_variables if self.deployment else {}, flow_run.job_variables
         )
-        configuration = await host.job_configuration.from_template_and_values(template, variables, host.client)
+        configuration = await host.job_configuration.from_template_and_values(
+            template, variables, host.client
+        )
         self._configured_command = configuration.command is not None
         configuration._inherited = host._inherited_environment(configuration)
         configuration.prepare(flow_run, self.deployment, self.flow, pool, host.name, host.backend_id)
@@ -191,7 +229,9 @@ class Run:
         self.log.info("Worker %r submitting flow run %r", host.name, str(self.id))
         submitted = host._emit("prefect.worker.submitted-flow-run", self)
         with self._running:
-            self.result = await host.run(self.flow_run, self.configuration, task_status=Started(self._started))
+            self.result = await host.run(
+                self.flow_run, self.configuration, task_status=Started(self._started)
+            )
             host._emit("prefect.worker.executed-flow-run", self, submitted)
 
     def _started(self, identifier: str) -> None:
@@ -248,12 +288,15 @@ class Run:
 
     async def _report(self) -> None:
         """Put the final state on the server; wait for the server as long as the worker lives."""
-        if self.result is None and self.error is None and self.reason is None:  # our own task is being cancelled
-            self.reason = Reason.STOPPED
-            self.reason_text = f"The worker {self._host.name!r} was stopped, and the flow run with it."
+        if (
+            self.result is None and self.error is None and self.reason is None
+        ):  # our own task is being cancelled
+            self.reason, self.reason_text = Reason.STOPPED, self.stopped_text
             self.reporting.deadline = min(self.reporting.deadline, anyio.current_time() + 10)
         if self.result is not None:
-            self.log.info("Flow run %r exited with status code %d", self.flow_run.name, self.result.status_code)
+            self.log.info(
+                "Flow run %r exited with status code %d", self.flow_run.name, self.result.status_code
+            )
         with self.reporting:
             transition_id = uuid4()
             try:
@@ -273,7 +316,12 @@ class Run:
             self.log.info("Flow run %r was deleted or started again elsewhere", self.flow_run.name)
             return None
         facts = Facts(
-            self.reason, self.reason_text, self.result, self.error, self.identifier is not None, self._configured_command
+            self.reason,
+            self.reason_text,
+            self.result,
+            self.error,
+            self.identifier is not None,
+            self._configured_command,
         )
         proposal = decide(facts, history)
         if proposal is None or carries_id(history[-1], transition_id):
@@ -284,7 +332,9 @@ class Run:
         if answer.status != "ACCEPT":
             return (await client.read_flow_run_states(self.id))[-1]
         level = logging.INFO if proposal.type == "CANCELLED" else logging.ERROR
-        self.log.log(level, "Reported flow run %r as %s: %s", self.flow_run.name, proposal.name, proposal.message)
+        self.log.log(
+            level, "Reported flow run %r as %s: %s", self.flow_run.name, proposal.name, proposal.message
+        )
         if self.result is not None and self.result.tail and proposal.type == "CRASHED":
             self.log.error("The last lines of its output:\n%s", "\n".join(self.result.tail))
         return answer.state
@@ -292,4 +342,8 @@ class Run:
 
 def _details(state: State) -> dict[str, Any]:
     """What must survive when a state is replaced by force, a concurrency lease for one."""
-    return {key: value for key, value in state.state_details.items() if value is not None and key != "transition_id"}
+    return {
+        key: value
+        for key, value in state.state_details.items()
+        if value is not None and key != "transition_id"
+    }

@@ -19,7 +19,6 @@ from pydantic import BaseModel, BeforeValidator, Field, SecretStr, ValidationErr
 
 from procworker.errors import ConfigurationError
 
-Env = Mapping[str, str]
 Layer = tuple[object, dict[str, str]]
 tomllib: Any = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 log = logging.getLogger(__name__)
@@ -44,8 +43,9 @@ HTTP_URL = re.compile(r"https?://([^/\s]*@)?(\[[0-9a-f:.]+\]|[^/\s:@\[\]]+)(:\d+
 USER_INFO = re.compile(r"[^/@\s]*@")
 URL_PASSWORD = re.compile(r"://[^/\s:@]*:([^/\s]+)@")
 DOTENV_LINE = re.compile(
-    r"""(?sm)^[ \t]*(?:(?:export[ \t]+)?(?P<key>[^=#\s'"]+)[ \t]*=(?:(?P<plain>(?![ \t]*['"])[^\n]*)|"""
-    r"""[ \t]*(?P<quote>['"])(?P<quoted>(?:\\.|(?!(?P=quote))[^\\])*)(?P=quote)[ \t]*(?:#[^\n]*)?)|[^\s#][^\n]*)$"""
+    r"""(?sm)^[ \t]*(?:(?:export[ \t]+)?(?P<key>[^=#\s'"]+)[ \t]*=(?:(?P<plain>(?![ \t]*['"])[^\n]*)"""
+    r"""|[ \t]*(?P<quote>['"])(?P<quoted>(?:\\.|(?!(?P=quote))[^\\])*)(?P=quote)[ \t]*(?:#[^\n]*)?)"""
+    r"""|[^\s#][^\n]*)$"""
 )
 
 Stripped = BeforeValidator(lambda value: value.strip() or None if isinstance(value, str) else value)
@@ -61,7 +61,7 @@ Interval = Annotated[float, Field(gt=0)]
 class Settings(BaseModel, frozen=True, hide_input_in_errors=True, validate_default=True, allow_inf_nan=False):
     """Everything a worker reads; names are Prefect's, lower-cased, without PREFECT_."""
 
-    api_url: Text = None
+    api_url: Text = Field(default=None, repr=False)
     api_key: Secret = None
     api_auth_string: Secret = None
     api_request_timeout: Interval = 60
@@ -94,7 +94,7 @@ class Settings(BaseModel, frozen=True, hide_input_in_errors=True, validate_defau
 
     @classmethod
     def load(
-        cls, environ: Env | None = None, cwd: Path | None = None, profile: str | None = None
+        cls, environ: Mapping[str, str] | None = None, cwd: Path | None = None, profile: str | None = None
     ) -> Settings:
         """Read all sources; a ConfigurationError names the source and what to change."""
         # Sorted, so that the upper-case spelling of a name wins over any other.
@@ -109,26 +109,18 @@ class Settings(BaseModel, frozen=True, hide_input_in_errors=True, validate_defau
             return cwd / (user_home + path[1:] if path.startswith("~/") else path)
 
         dotenv, prefect, pyproject = cwd / ".env", cwd / "prefect.toml", cwd / "pyproject.toml"
-        project = dict(_flat("", _read(pyproject, tomllib.loads)))
         layers: list[Layer] = [
             ("environment", env),
             (dotenv, dict(_dotenv(dotenv))),
-            (prefect, dict(_flat("PREFECT_", _read(prefect, tomllib.loads)))),
-            (pyproject, {name[5:]: value for name, value in project.items() if name.startswith("TOOL_")}),
+            (prefect, dict(_flat("PREFECT_", _read(prefect)))),
+            (pyproject, {key[5:]: text for key, text in _flat("", _read(pyproject)) if key[:5] == "TOOL_"}),
         ]
         found = ChainMap(*(values for _, values in layers))
-        # Like Prefect, look beside PREFECT_HOME only if the environment itself has it.
-        beside = env.get("PREFECT_HOME") or "~/.prefect"
-        path = found.get("PREFECT_PROFILES_PATH") or f"{beside}/profiles.toml"
+        path = found.get("PREFECT_PROFILES_PATH") or "$PREFECT_HOME/profiles.toml"
         path = path.replace("$PREFECT_HOME", found.get("PREFECT_HOME") or "~/.prefect")
         name, layer = _profile(place(path), env.get("PREFECT_PROFILE"), profile)
         layers.insert(0 if profile else len(layers), layer)
-
-        for _, values in layers:
-            values |= {
-                new: values[old] for old, new in RENAMED.items() if old in values and new not in values
-            }
-        found = ChainMap(*(values for _, values in layers))
+        found = ChainMap(*({new: v[old] for old, new in RENAMED.items() if old in v} | v for _, v in layers))
         known: dict[str, Any] = {"api_ssl_cert_file": env.get("SSL_CERT_FILE"), "profile": name}
         names = {f"PREFECT_{field.upper()}": field for field in cls.model_fields if field != "profile"}
         known |= {names[name]: found[name] for name in names.keys() & found.keys()}
@@ -166,8 +158,9 @@ class Settings(BaseModel, frozen=True, hide_input_in_errors=True, validate_defau
         if url is None or HTTP_URL.fullmatch(url):
             return url and url.rstrip("/")
         meant = USER_INFO.sub("", url.rpartition("://")[2]).strip("/") or "127.0.0.1:4200"
-        meant += "" if "/" in meant else "/api"
-        raise ValueError(f"not an http or https URL; did you mean 'http://{meant}'?")
+        raise ValueError(
+            f"not an http(s) URL; did you mean 'http://{meant}{'' if '/' in meant else '/api'}'?"
+        )
 
     @field_validator("logging_level", "logging_to_api_max_log_size", "ui_url")
     @classmethod
@@ -185,21 +178,24 @@ class Settings(BaseModel, frozen=True, hide_input_in_errors=True, validate_defau
         return min(value, given.cloud_max_log_size) if given.is_cloud else value
 
 
-def default_state_home(environ: Env, platform: str = sys.platform) -> str:
+def default_state_home(env: Mapping[str, str], platform: str = sys.platform) -> str:
     """Return a private place inside tox or a CI job, else where the platform keeps state."""
-    if environ.get("TOX_ENV_DIR"):
-        return f"{environ['TOX_ENV_DIR']}/.procworker"
-    if environ.get("RUNNER_TEMP") and environ.get("CI", "").lower() in ("true", "1"):
-        return f"{environ['RUNNER_TEMP']}/procworker"
-    windows = environ.get("LOCALAPPDATA") or "~/AppData/Local"
-    others = environ.get("XDG_STATE_HOME") or "~/.local/state"
-    return {"darwin": "~/Library/Application Support", "win32": windows}.get(platform, others) + "/procworker"
+    if env.get("TOX_ENV_DIR"):
+        return f"{env['TOX_ENV_DIR']}/.procworker"
+    if env.get("RUNNER_TEMP") and env.get("CI", "").lower() in ("true", "1"):
+        return f"{env['RUNNER_TEMP']}/procworker"
+    places = {
+        "darwin": "~/Library/Application Support",
+        "win32": env.get("LOCALAPPDATA") or "~/AppData/Local",
+    }
+    return f"{places.get(platform) or env.get('XDG_STATE_HOME') or '~/.local/state'}/procworker"
 
 
 def _profile(path: Path, active: str | None, chosen: str | None) -> tuple[str, Layer]:
     """Return the name of the profile to use, and its source and values."""
-    file = _read(path, tomllib.loads)
-    profiles = PACKAGED_PROFILES | dict(file.get("profiles", {}))
+    file = _read(path)
+    own = file.get("profiles")
+    profiles = PACKAGED_PROFILES | (own if isinstance(own, dict) else {})
     name = str(chosen or active or file.get("active") or "ephemeral")
     if name not in profiles:
         problem = f"profile {name!r} is not in {path}; choose one of: {', '.join(sorted(profiles))}"
@@ -213,7 +209,7 @@ def _profile(path: Path, active: str | None, chosen: str | None) -> tuple[str, L
 def _flat(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
     """Yield a toml value as the environment variables that mean the same."""
     name = prefix.upper().removesuffix("_")
-    if isinstance(value, dict) and name != HEADERS:
+    if isinstance(value, dict) and not name.endswith(HEADERS):
         for key, inner in value.items():
             yield from _flat(f"{prefix}{key}_", inner)
     elif isinstance(value, list):
@@ -222,7 +218,7 @@ def _flat(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
         yield name, json.dumps(value) if isinstance(value, dict) else str(value)
 
 
-def _read(path: Path, parse: Callable[[str], Any]) -> Any:
+def _read(path: Path, parse: Callable[[str], Any] = tomllib.loads) -> Any:
     """Return what a file says; a missing one is empty."""
     try:
         return parse(path.read_text("utf-8-sig") if path.is_file() else "")
@@ -245,8 +241,7 @@ def _dotenv(path: Path) -> Iterator[tuple[str, str]]:
 
 def _explained(error: Any, layers: list[Layer]) -> str:
     name = f"PREFECT_{error['loc'][0]}".upper()
-    default = "default", {name: error["input"]}
-    source, values = next((layer for layer in layers if name in layer[1]), default)
+    source, values = next((row for row in layers if name in row[1]), ("default", {name: error["input"]}))
     secret = SECRET.search(name) or name == HEADERS
     shown = "" if secret else f" {USER_INFO.sub('***@', str(values[name]))!r:.80}"
     return f"{name}{shown} ({source}): {error['msg'].removeprefix('Value error, ')}"
@@ -256,7 +251,7 @@ def secrets_in(environ: Mapping[str, str | None]) -> frozenset[str]:
     """List the values whose names look secret, and the passwords in URLs."""
     found = set()
     for name, value in environ.items():
-        passwords = [value, value.split()[-1]] if value and SECRET.search(name) else []  # "Bearer x", and x
+        passwords = [value, *value.split()[-1:]] if value and SECRET.search(name) else []  # "Bearer x", and x
         passwords += URL_PASSWORD.findall(value or "")
         found |= {text for password in passwords for text in (password, unquote(password))}
     # Masking shorter values would punch holes into innocent words.

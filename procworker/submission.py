@@ -52,7 +52,9 @@ class FlowRunFuture:
         except RuntimeError:
             self._final.result(timeout)
         else:
-            raise RuntimeError("wait() would block the event loop that runs the flow: use `await future.wait_async()`")
+            raise RuntimeError(
+                "wait() would block the event loop that runs the flow: use `await future.wait_async()`"
+            )
 
     async def wait_async(self, timeout: float | None = None) -> None:
         """Wait for the end for at most timeout seconds; raises TimeoutError."""
@@ -74,10 +76,13 @@ class FlowRunFuture:
         try:
             from prefect.client.schemas import State as PrefectState
         except ImportError as error:
-            raise ConfigurationError("reading a flow's result needs Prefect: pip install 'procworker[prefect]'") from error
+            raise ConfigurationError(
+                "reading a flow's result needs Prefect: pip install 'procworker[prefect]'"
+            ) from error
         state = PrefectState.model_validate(self.state.model_dump(mode="json"))
-        result = state.result(raise_on_failure=raise_on_failure, fetch=True)
-        return await result if hasattr(result, "__await__") else result
+        if hasattr(state, "aresult"):
+            return await state.aresult(raise_on_failure=raise_on_failure)
+        return await state.result(raise_on_failure=raise_on_failure, fetch=True)  # Prefect 2.20
 
 
 def entrypoint_of(flow: Any) -> str:
@@ -92,16 +97,22 @@ def entrypoint_of(flow: Any) -> str:
         raise ConfigurationError(f"submit takes a Prefect flow or 'file.py:flow', not {type(flow).__name__}")
     file = function.__code__.co_filename
     if not os.path.isfile(file):
-        raise ConfigurationError(f"flow {flow.name!r} is not in a file (but {file}): write it into one and submit 'file.py:flow'")
+        raise ConfigurationError(
+            f"flow {flow.name!r} is not in a file (but {file}): write it into one and submit 'file.py:flow'"
+        )
     if "." in function.__qualname__:
-        raise ConfigurationError(f"flow {flow.name!r} is defined inside {function.__qualname__!r}: move it to the top of its file")
+        raise ConfigurationError(
+            f"flow {flow.name!r} is defined inside {function.__qualname__!r}: move it to the top of its file"
+        )
     return f"{os.path.abspath(file)}:{function.__name__}"
 
 
 def _check_entrypoint(entrypoint: str) -> str:
     place, _, name = entrypoint.rpartition(":")
     if not place or not name.isidentifier():
-        raise ConfigurationError(f"entrypoint {entrypoint!r} has no flow: write it as file.py:flow or package.module:flow")
+        raise ConfigurationError(
+            f"entrypoint {entrypoint!r} has no flow: write it as file.py:flow or package.module:flow"
+        )
     if not place.endswith(".py") and os.sep not in place:
         return f"{place}.{name}"
     path = Path(place).expanduser().absolute()
@@ -122,7 +133,9 @@ def flow_names(path: Path) -> dict[str, str]:
         tree = ast.parse(path.read_bytes(), str(path))
     except (SyntaxError, ValueError) as error:
         line = getattr(error, "lineno", None)
-        raise ConfigurationError(f"{path}{f', line {line}' if line else ''}: {getattr(error, 'msg', error)}") from error
+        raise ConfigurationError(
+            f"{path}{f', line {line}' if line else ''}: {getattr(error, 'msg', error)}"
+        ) from error
     names = {}
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -141,7 +154,9 @@ def flow_names(path: Path) -> dict[str, str]:
                 names.setdefault(bound, bound.replace("_", "-"))
             if isinstance(node, ast.ImportFrom):
                 for alias in node.names:
-                    names.setdefault(alias.asname or alias.name, (alias.asname or alias.name).replace("_", "-"))
+                    names.setdefault(
+                        alias.asname or alias.name, (alias.asname or alias.name).replace("_", "-")
+                    )
     return names
 
 

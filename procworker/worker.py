@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import abc
+import builtins
 import logging
 import os
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack
 from datetime import datetime, timedelta, timezone
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 from uuid import UUID, uuid4
 
 import anyio
 from anyio.abc import TaskGroup, TaskStatus
 
-from procworker.configuration import BaseJobConfiguration, C, R, V, default_template
-from procworker.errors import ConfigurationError, ObjectNotFound, Unreachable
+from procworker.configuration import C, R, V
+from procworker.errors import ConfigurationError, ObjectNotFound, Unreachable, single
 from procworker.health import health_server
 from procworker.logs import RunLogger
-from procworker.loops import Loop
+from procworker.loops import Loop, Moved
 from procworker.outcome import Reason
+from procworker.registry import WorkerType
 from procworker.run import CANCEL_GRACE_SECONDS, Run, Sources
 from procworker.server import events
 from procworker.server.client import Client
 from procworker.server.models import FlowRun, WorkPool
 from procworker.server.outbox import Outbox
 from procworker.settings import Settings
+from procworker.shift import Shift
 from procworker.submission import FlowRunFuture, create_adhoc_run, entrypoint_of
 
 if TYPE_CHECKING:
@@ -37,34 +39,20 @@ T = TypeVar("T")
 
 IDLE_POLL_SECONDS, BUSY_POLL_SECONDS, BUSY_SECONDS = 10.0, 1.0, 30.0
 CANCEL_POLL_SECONDS = 5.0
-STOP_GRACE_SECONDS, DRAIN_SECONDS, LAST_REPORT_SECONDS = 10.0, 10.0, 10.0
 HEALTH_INTERVALS = 30
 """A worker counts as polling while its last poll is at most this many intervals old (as in Prefect)."""
 
 
-class BaseWorker(abc.ABC, Generic[C, V, R]):
+class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
     """Base of all workers: everything between a work pool and `run`.
 
     A flow run goes poll -> admit -> claim -> configure -> run -> report -> forget; what follows admit is in run.py.
     """
 
-    type: str
-    job_configuration: type[C] = BaseJobConfiguration  # type: ignore[assignment]
-    job_configuration_variables: type[V] | None = None
+    job_configuration: builtins.type[C]
+    job_configuration_variables: builtins.type[V] | None
     extra_variables: ClassVar[frozenset[str]] = frozenset()
     """Job variables that a pool made by Prefect does not know; added to its template when it has none of them."""
-
-    _documentation_url = ""
-    _logo_url = ""
-    _description = ""
-    _display_name = ""
-
-    _registry: ClassVar[dict[str, type[BaseWorker[Any, Any, Any]]]] = {}
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        if isinstance(cls.__dict__.get("type"), str):
-            BaseWorker._registry[cls.type] = cls
 
     def __init__(
         self,
@@ -90,13 +78,14 @@ class BaseWorker(abc.ABC, Generic[C, V, R]):
         self._settings = settings or Settings.load()
         self.name = name or f"{type(self).__name__} {uuid4()}"
         self.limit = limit
-        self.heartbeat_interval_seconds = heartbeat_interval_seconds or self._settings.worker_heartbeat_seconds
+        self.heartbeat_interval_seconds = (
+            heartbeat_interval_seconds or self._settings.worker_heartbeat_seconds
+        )
         self.backend_id: UUID | None = None
         self.is_setup = False
         self.runs: dict[UUID, Run] = {}
         self.outcomes: Counter[str] = Counter()
         """How many runs ended in which final state type; UNKNOWN where that could not be found out."""
-        self.drain_seconds = DRAIN_SECONDS
         self._work_pool_name = work_pool_name
         self._work_queues = set(work_queues or ())
         self._prefetch_seconds = (
@@ -114,44 +103,18 @@ class BaseWorker(abc.ABC, Generic[C, V, R]):
         self._last_polled_time = datetime.now(timezone.utc)
         self._active_at = float("-inf")
         self._more_due = False
-        self._moved = anyio.Event()
-        self._stop_stage = 0
+        self._taken: set[UUID] = set()
+        self._moved = Moved()
         self._started_event: dict[str, Any] | None = None
         self._poll_loop = Loop("Polling", self.get_and_submit_flow_runs, self._poll_seconds)
+        heartbeat = Loop("The heartbeat", self.sync_with_backend, lambda: self.heartbeat_interval_seconds)
+        cancels = Loop(
+            "Looking for cancelled runs", self.check_for_cancelled_flow_runs, lambda: CANCEL_POLL_SECONDS
+        )
+        self._shift = Shift(self._poll_loop, [heartbeat, cancels], self.runs, self._moved)
 
     def __repr__(self) -> str:
         return f"Worker(pool={self._work_pool_name!r}, name={self.name!r})"
-
-    # What a worker type is
-
-    @classmethod
-    def get_documentation_url(cls) -> str:
-        return cls._documentation_url
-
-    @classmethod
-    def get_logo_url(cls) -> str:
-        return cls._logo_url
-
-    @classmethod
-    def get_description(cls) -> str:
-        return cls._description
-
-    @classmethod
-    def get_default_base_job_template(cls) -> dict[str, Any]:
-        """Return the job template that a new work pool of this type starts with."""
-        return default_template(cls.job_configuration, cls.job_configuration_variables)
-
-    @staticmethod
-    def get_worker_class_from_type(type: str) -> type[BaseWorker[Any, Any, Any]] | None:
-        """Return the worker class of a type, or None when nobody offers it."""
-        if type not in BaseWorker._registry:
-            _load_workers()
-        return BaseWorker._registry.get(type)
-
-    @staticmethod
-    def get_all_available_worker_types() -> list[str]:
-        _load_workers()
-        return sorted(BaseWorker._registry)
 
     def get_name_slug(self) -> str:
         """Return the name as events spell it: lower-case ASCII words joined by hyphens."""
@@ -174,7 +137,11 @@ class BaseWorker(abc.ABC, Generic[C, V, R]):
     def get_status(self) -> dict[str, Any]:
         """Return name, work pool and settings as plain data."""
         pool = self._work_pool.model_dump(mode="json") if self._work_pool else None
-        return {"name": self.name, "work_pool": pool, "settings": {"prefetch_seconds": self._prefetch_seconds}}
+        return {
+            "name": self.name,
+            "work_pool": pool,
+            "settings": {"prefetch_seconds": self._prefetch_seconds},
+        }
 
     def get_flow_run_logger(self, flow_run: FlowRun) -> RunLogger:
         """Return a logger whose lines also stand in the run's log on the server."""
@@ -221,12 +188,20 @@ class BaseWorker(abc.ABC, Generic[C, V, R]):
         return self
 
     async def __aexit__(self, *exc_info: Any) -> None:
-        await self.teardown(*exc_info)
+        try:
+            await self.teardown(*exc_info)
+        except BaseException as error:
+            # Task groups wrap even a single exception; who uses the worker expects the one that was raised.
+            if (inner := single(error)) is error:
+                raise
+            raise inner from inner.__cause__
 
     async def setup(self) -> None:
         """Open the client and make the first sync. A server that is away is no error; what a person must mend is."""
         if not self._settings.api_url:
-            raise ConfigurationError("PREFECT_API_URL is not set: name your server's API, for example http://127.0.0.1:4200/api")
+            raise ConfigurationError(
+                "PREFECT_API_URL is not set: name your server's API, for example http://127.0.0.1:4200/api"
+            )
         async with AsyncExitStack() as stack:
             headers = {"X-Prefect-Worker-Name": self.name.strip(" \t")} if self.name.isascii() else {}
             self._client = await stack.enter_async_context(Client(self._settings, headers=headers))
@@ -245,7 +220,7 @@ class BaseWorker(abc.ABC, Generic[C, V, R]):
         self.is_setup = False
         exc_info = exc_info or (None, None, None)
         if exc_info[0] is None:
-            await self._until(lambda: not self.runs)
+            await self._moved.until(lambda: not self.runs)
         if self._started_event:
             self._emit("prefect.worker.stopped", follows=self._started_event)
         await self._stack.__aexit__(*exc_info)
@@ -264,63 +239,22 @@ class BaseWorker(abc.ABC, Generic[C, V, R]):
             await stack.enter_async_context(self)
             self._started_event = self._emit("prefect.worker.started")
             printer(f"Worker {self.name!r} started!")
-            async with anyio.create_task_group() as loops:
-                for loop in self._side_loops():
-                    loops.start_soon(loop.run)
-                await (self._take_what_is_due() if run_once else self._poll_until_stopped())
-                with anyio.move_on_after(float("inf") if run_once else self.drain_seconds):
-                    await self._until(lambda: not self.runs or self._stop_stage > 1)
-                await self._end_what_runs()
-                loops.cancel_scope.cancel()
+            if run_once:
+                await self.sync_with_backend()
+                await self._shift.once(self._take_some, self._took_enough)
+            else:
+                await self._shift.work()
         printer(f"Worker {self.name!r} stopped!")
 
-    def _side_loops(self) -> list[Loop]:
-        heartbeat = Loop("The heartbeat", self.sync_with_backend, lambda: self.heartbeat_interval_seconds)
-        cancels = Loop("Looking for cancelled runs", self.check_for_cancelled_flow_runs, lambda: CANCEL_POLL_SECONDS)
-        return [heartbeat, cancels]
-
-    async def _poll_until_stopped(self) -> None:
-        async with anyio.create_task_group() as polling:
-            polling.start_soon(self._poll_loop.run)
-            await self._until(lambda: self._stop_stage > 0)
-            polling.cancel_scope.cancel()
-
-    async def _take_what_is_due(self) -> None:
-        """Poll until nothing more is due or the limit was taken; starts wait for room as ever."""
-        await self.sync_with_backend()
-        taken: set[UUID] = set()
-        while self._stop_stage == 0:
-            before = self._moved
-            taken |= {flow_run.id for flow_run in await self.get_and_submit_flow_runs()}
-            if not self._more_due or (self.limit is not None and len(taken) >= self.limit):
-                break
-            await before.wait()
-
-    async def _end_what_runs(self) -> None:
-        """End all runs politely; a further `stop` kills. Reports get a bounded time."""
-        self._end_all(STOP_GRACE_SECONDS)
-        await self._until(lambda: not self.runs or self._stop_stage > 2)
-        self._end_all(0.0)
-        await self._until(lambda: not self.runs)
-
-    def _end_all(self, grace: float) -> None:
-        text = f"The worker {self.name!r} was stopped, and the flow run with it."
-        for run in self.runs.values():
-            run.reporting.deadline = anyio.current_time() + grace + LAST_REPORT_SECONDS
-            self._in_background(run.stop, Reason.STOPPED, text, grace)
-
     def stop(self) -> None:
-        """Take no more runs and let running ones finish for `drain_seconds`; called again, end them; again, kill."""
-        self._stop_stage += 1
-        self._notify()
+        """Take no more runs, let running ones finish for 10 s; called again, end them; again, kill them."""
+        self._shift.stop()
 
-    async def _until(self, condition: Callable[[], bool]) -> None:
-        while not condition():
-            await self._moved.wait()
+    async def _take_some(self) -> None:
+        self._taken |= {flow_run.id for flow_run in await self.get_and_submit_flow_runs()}
 
-    def _notify(self) -> None:
-        moved, self._moved = self._moved, anyio.Event()
-        moved.set()
+    def _took_enough(self) -> bool:
+        return not self._more_due or (self.limit is not None and len(self._taken) >= self.limit)
 
     # Sync and health
 
@@ -338,7 +272,11 @@ class BaseWorker(abc.ABC, Generic[C, V, R]):
             self._logger.warning("Now %s", text)
         self._work_pool = pool
         worker_id = await self._client.send_worker_heartbeat(
-            pool.name, self.name, self.heartbeat_interval_seconds, get_worker_id=self.backend_id is None, retries=0
+            pool.name,
+            self.name,
+            self.heartbeat_interval_seconds,
+            get_worker_id=self.backend_id is None,
+            retries=0,
         )
         self.backend_id = worker_id or self.backend_id
 
@@ -347,7 +285,9 @@ class BaseWorker(abc.ABC, Generic[C, V, R]):
             pool = await client.read_work_pool(name, retries=0)
         except ObjectNotFound:
             if not self._create_pool_if_not_found:
-                self._logger.warning("Work pool %r does not exist: create it, or choose another with --pool", name)
+                self._logger.warning(
+                    "Work pool %r does not exist: create it, or choose another with --pool", name
+                )
                 return None
             pool = await client.create_work_pool(name, self.type, self._base_job_template)
             self._logger.info("Work pool %r created", name)
@@ -404,7 +344,11 @@ class BaseWorker(abc.ABC, Generic[C, V, R]):
             horizon = datetime.now(timezone.utc) + timedelta(seconds=int(self._prefetch_seconds))
             try:
                 rows = await client.get_scheduled_flow_runs_for_work_pool(
-                    self._work_pool_name, sorted(self._work_queues), horizon, len(self.runs) + room + 1, retries=0
+                    self._work_pool_name,
+                    sorted(self._work_queues),
+                    horizon,
+                    len(self.runs) + room + 1,
+                    retries=0,
                 )
             except ObjectNotFound as error:
                 self._logger.warning("Nothing to poll, the pool or a queue does not exist: %s", error)
@@ -467,9 +411,9 @@ class BaseWorker(abc.ABC, Generic[C, V, R]):
         """A run has started or ended: there may be room for the next."""
         if self._more_due:
             self._poll_loop.wake()
-        self._notify()
+        self._moved.notify()
 
-    def _in_background(self, work: Callable[..., Awaitable[object]], *args: Any) -> None:
+    def _in_background(self, work: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> None:
         _present(self._tasks).start_soon(work, *args)
 
     # Cancel
@@ -478,7 +422,9 @@ class BaseWorker(abc.ABC, Generic[C, V, R]):
         """Ask once about all runs at hand, and end those that somebody wants cancelled."""
         ids = [run.id for run in self.runs.values() if run.claimed and run.reason is None]
         if ids:
-            for flow_run in await self.client.read_flow_runs_by_state(ids, ["CANCELLING", "CANCELLED"], retries=0):
+            for flow_run in await self.client.read_flow_runs_by_state(
+                ids, ["CANCELLING", "CANCELLED"], retries=0
+            ):
                 self._in_background(self.cancel_run, flow_run)
 
     async def cancel_run(self, flow_run: FlowRun) -> None:
@@ -511,14 +457,7 @@ class BaseWorker(abc.ABC, Generic[C, V, R]):
 
 def _present(thing: T | None) -> T:
     if thing is None:
-        raise RuntimeError("The worker is not correctly initialized: use it within `async with`, and give it what you ask for")
+        raise RuntimeError(
+            "The worker is not correctly initialized: use it within `async with`, and give it what you ask for"
+        )
     return thing
-
-
-def _load_workers() -> None:
-    """Import what the entry-point group names; a package that fails to import is named and left out."""
-    for entry in entry_points(group="procworker.workers"):
-        try:
-            entry.load()
-        except Exception as error:
-            logging.getLogger(__name__).warning("Worker type %r cannot be loaded: %s", entry.name, error)

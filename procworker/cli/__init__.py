@@ -19,7 +19,9 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Settings are Prefect's (PREFECT_API_URL and so on): environment, .env, prefect.toml, profiles.",
     )
     parser.add_argument("--version", action="version", version=f"procworker {__version__}")
-    parser.add_argument("--profile", metavar="NAME", help="use this Prefect profile; its values win over the environment")
+    parser.add_argument(
+        "--profile", metavar="NAME", help="use this Prefect profile; its values win over the environment"
+    )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     for name, module in COMMANDS.items():
         summary = (module.__doc__ or "").splitlines()[0]

@@ -34,14 +34,16 @@ def set_up_logging(level: str) -> None:
         logger.propagate = False
 
 
-def worker_class(type: str) -> type[BaseWorker[Any, Any, Any]]:
+def worker_class(name: str) -> type[BaseWorker[Any, Any, Any]]:
     """Raises ConfigurationError that lists the known types."""
     import procworker.process  # noqa: F401  (registers itself, also where no package metadata says so)
 
-    found = BaseWorker.get_worker_class_from_type(type)
+    found: type[BaseWorker[Any, Any, Any]] | None = BaseWorker.get_worker_class_from_type(name)
     if found is None:
         known = ", ".join(BaseWorker.get_all_available_worker_types())
-        raise ConfigurationError(f"unknown worker type {type!r}: known are {known}; install the package that offers it")
+        raise ConfigurationError(
+            f"unknown worker type {name!r}: known are {known}; install the package that offers it"
+        )
     return found
 
 
@@ -91,6 +93,10 @@ async def embedded(settings: Settings, python: str | None, keep: bool) -> AsyncI
     say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     keep_seconds = KEEP_SECONDS if keep else 0.0
     async with local_server(
-        interpreter.path, settings.state_home, keep_seconds=keep_seconds, say=say, version=interpreter.prefect_version
+        interpreter.path,
+        settings.state_home,
+        keep_seconds=keep_seconds,
+        say=say,
+        version=interpreter.prefect_version,
     ) as server:
         yield settings.at_server(server.api_url, server.auth_string)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 
-from procworker.errors import ApiError, ConfigurationError, ProcworkerError, Unauthorized, Unreachable
+from procworker.errors import ApiError, ConfigurationError, ProcworkerError, Unauthorized, Unreachable, single
 
 FAILED, USAGE, UNREACHABLE = 1, 2, 3
 
@@ -15,7 +15,9 @@ def sentence(error: BaseException) -> str:
     if isinstance(error, SystemExit):
         raise error
     if isinstance(error, Unauthorized):
-        return f"the server refuses the credentials, check PREFECT_API_KEY or PREFECT_API_AUTH_STRING: {error}"
+        return (
+            f"the server refuses the credentials, check PREFECT_API_KEY or PREFECT_API_AUTH_STRING: {error}"
+        )
     if isinstance(error, Unreachable):
         return f"the Prefect API cannot be reached, check PREFECT_API_URL and the server: {error}"
     if isinstance(error, ApiError):
@@ -30,10 +32,3 @@ def exit_code(error: BaseException) -> int:
     if isinstance(error, Unreachable):
         return UNREACHABLE
     return USAGE if isinstance(error, ConfigurationError | ApiError) else FAILED
-
-
-def single(error: BaseException) -> BaseException:
-    """Unwrap groups that hold one exception, as task groups make them."""
-    while len(inner := getattr(error, "exceptions", ())) == 1:
-        error = inner[0]
-    return error

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("target", metavar="TARGET", help="file.py:flow, package.module:flow, flow/deployment or a flow run id")
+    add(
+        "target", metavar="TARGET", help="file.py:flow, package.module:flow, flow/deployment or a flow run id"
+    )
     add(
         "-p",
         "--param",
@@ -32,7 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a parameter; VALUE is JSON, or else a text; may be repeated",
     )
     add("--python", metavar="PATH", help="Python that runs the flow: a path, a venv or tox env directory")
-    add("--startup-timeout", type=float, default=30.0, metavar="S", help="how long to wait for the server (30)")
+    add(
+        "--startup-timeout",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="how long to wait for the server (30)",
+    )
     add(
         "--keep",
         action=argparse.BooleanOptionalAction,
@@ -72,7 +80,9 @@ async def _run(settings: Settings, arguments: argparse.Namespace) -> int:
         return await _follow(settings, arguments, kind, parameters)
 
 
-async def _follow(settings: Settings, arguments: argparse.Namespace, kind: str, parameters: dict[str, Any]) -> int:
+async def _follow(
+    settings: Settings, arguments: argparse.Namespace, kind: str, parameters: dict[str, Any]
+) -> int:
     """Run the target on a worker of its own, which has no pool, and print how it went."""
     import time
 
@@ -89,11 +99,11 @@ async def _follow(settings: Settings, arguments: argparse.Namespace, kind: str, 
             worker._in_background(run.stop, Reason.CANCELLED, "", 30.0 if len(received) < 2 else 0.0)
 
     async with worker, signals_counted(interrupt) as received:
-            began, cpu = time.monotonic(), children_cpu_seconds()
-            future = await _submit(worker, kind, arguments.target, parameters)
-            run = worker.runs[future.flow_run_id]
-            await future.wait_async()
-            print(receipt(run, time.monotonic() - began, children_cpu_seconds() - cpu), flush=True)
+        began, cpu = time.monotonic(), children_cpu_seconds()
+        future = await _submit(worker, kind, arguments.target, parameters)
+        run = worker.runs[future.flow_run_id]
+        await future.wait_async()
+        print(receipt(run, time.monotonic() - began, children_cpu_seconds() - cpu), flush=True)
     if received:
         return 128 + received[0]
     return 0 if run.final_state is not None and run.final_state.type == "COMPLETED" else 1
@@ -117,7 +127,9 @@ def kind_of(target: str) -> str:
         raise ConfigurationError(f"{target!r} names no flow: write {target}:FLOW")
     if target.count("/") == 1:
         return "deployment"
-    raise ConfigurationError(f"{target!r} is no file.py:flow, no package.module:flow, no flow/deployment and no flow run id")
+    raise ConfigurationError(
+        f"{target!r} is no file.py:flow, no package.module:flow, no flow/deployment and no flow run id"
+    )
 
 
 def parse_parameters(pairs: list[str]) -> dict[str, Any]:
@@ -149,7 +161,11 @@ async def _template(settings: Settings, kind: str, target: str) -> dict[str, Any
         return None
     async with Client(settings) as client:
         try:
-            found = await (client.read_deployment_by_name(target) if kind == "deployment" else client.read_flow_run(UUID(target)))
+            found = await (
+                client.read_deployment_by_name(target)
+                if kind == "deployment"
+                else client.read_flow_run(UUID(target))
+            )
         except ObjectNotFound:
             raise ConfigurationError(f"the server has no {kind} {target!r}") from None
         if not found.work_pool_name:
@@ -172,7 +188,7 @@ async def _submit(worker: ProcessWorker, kind: str, target: str, parameters: dic
         deployment = await worker.client.read_deployment_by_name(target)
         pending = new_state("PENDING", transition_id=transition_id)
         flow_run: FlowRun = await worker.client.create_flow_run_from_deployment(
-            deployment.id, parameters={**deployment.parameters, **parameters}, state=pending
+            deployment.id, parameters=parameters, state=pending
         )
         return await worker.execute(flow_run, transition_id)
     if parameters:

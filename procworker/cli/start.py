@@ -16,14 +16,35 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("-p", "--pool", required=True, metavar="NAME", help="the work pool to poll; created if it does not exist")
-    add("-q", "--work-queue", action="append", default=[], metavar="NAME", help="poll only this queue; may be repeated")
+    add(
+        "-p",
+        "--pool",
+        required=True,
+        metavar="NAME",
+        help="the work pool to poll; created if it does not exist",
+    )
+    add(
+        "-q",
+        "--work-queue",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="poll only this queue; may be repeated",
+    )
     add("-n", "--name", help="name of the worker (default: a unique one)")
     add("-t", "--type", help="worker type (default: that of the pool, else process)")
     add("-l", "--limit", type=int, help="most flow runs at once (default: no limit)")
     add("--prefetch-seconds", type=float, metavar="S", help="take runs up to so many seconds early")
-    add("--run-once", action="store_true", help="take what is due now, finish it, and exit; exit 1 if a run did not complete")
-    add("--with-healthcheck", action="store_true", help="answer GET /health and /ready (PREFECT_WORKER_WEBSERVER_HOST, _PORT)")
+    add(
+        "--run-once",
+        action="store_true",
+        help="take what is due now, finish it, and exit; exit 1 if a run did not complete",
+    )
+    add(
+        "--with-healthcheck",
+        action="store_true",
+        help="answer GET /health and /ready (PREFECT_WORKER_WEBSERVER_HOST, _PORT)",
+    )
     add("--base-job-template", metavar="FILE", help="JSON job template for a pool that has to be created")
     add(
         "--create-pool-if-not-found",
@@ -33,7 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--python", metavar="PATH", help="Python that runs the flows: a path, a venv or tox env directory")
     add("--local", action="store_true", help="work on the embedded Prefect server")
-    add("--startup-timeout", type=float, default=30.0, metavar="S", help="with --run-once: how long to wait for the server (30)")
+    add(
+        "--startup-timeout",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="with --run-once: how long to wait for the server (30)",
+    )
     add("--install-policy", help=argparse.SUPPRESS)  # Prefect's: nothing to install here
 
 
@@ -109,9 +136,13 @@ async def _discover_type(settings: Settings, arguments: argparse.Namespace) -> s
     if pool.is_paused:
         _say(f"Work pool {pool.name!r} is paused: nothing runs before it is resumed.")
     elif queues and all(queue.is_paused for queue in queues):
-        _say(f"All {'given ' if arguments.work_queue else ''}work queues of {pool.name!r} are paused: nothing runs before one is resumed.")
+        _say(
+            f"All {'given ' if arguments.work_queue else ''}work queues of {pool.name!r} are paused: nothing runs before one is resumed."
+        )
     if pool.type.endswith((":push", ":managed")) or pool.type == "prefect-agent":
-        raise ConfigurationError(f"work pool {pool.name!r} is of type {pool.type!r}, which no worker serves: choose another --pool")
+        raise ConfigurationError(
+            f"work pool {pool.name!r} is of type {pool.type!r}, which no worker serves: choose another --pool"
+        )
     if not arguments.type:
         _say(f"Discovered type {pool.type!r} for work pool {pool.name!r}.")
     return arguments.type or pool.type

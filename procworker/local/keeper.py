@@ -1,8 +1,8 @@
 """Be the parent of one embedded Prefect server, and end it when nobody uses it any more.
 
-`procworker.local.server` starts it in the server's environment, the server's log being its output. It inherits
-an exclusive lock on the file `keeper`: who can take that knows that no keeper is there. Users hold a shared lock
-on the file `lease` and note in it how long to keep. Only the standard library and psutil: it mostly waits.
+`procworker.local.server` starts it in the environment and with the log of the server. It inherits a lock on
+the file `keeper`: who can take that knows that there is none. Users hold a shared lock on the file `lease`,
+and note in it how long to keep. Only the standard library and psutil: it mostly waits.
 """
 
 from __future__ import annotations

@@ -10,14 +10,13 @@ import os
 import re
 import secrets
 import shutil
-import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
+from subprocess import DEVNULL, SubprocessError, run
 from typing import Any
 
 import httpx
@@ -27,6 +26,7 @@ from procworker.errors import ConfigurationError
 from procworker.local import keeper
 
 LEAVE_SECONDS = 15.0
+PAUSE_SECONDS = 0.05
 FREE_MIB = 64
 # The caller's directory, first on the path of `python -c`, may hold anything.
 PROBE = """import sys; sys.path = [entry for entry in sys.path if entry]; import importlib.metadata
@@ -88,7 +88,8 @@ class Site:
         begin = current_time()
         try:
             with fail_after(start_seconds):
-                await until(partial(keeper.lock, lease, exclusive=False))  # an ending keeper has it
+                while not keeper.lock(lease, exclusive=False):  # noqa: ASYNC110 - a lock of an ending keeper
+                    await sleep(PAUSE_SECONDS)
                 state = await self.find_or_start()
         except TimeoutError:
             await to_thread.run_sync(stop, self.directory)
@@ -100,7 +101,7 @@ class Site:
 
     async def find_or_start(self) -> dict[str, Any]:
         """Wait until a server answers, whoever starts it."""
-        started = False
+        started = waited = False
         while True:
             place = keeper.private_file(self.directory / "keeper")
             try:
@@ -116,7 +117,10 @@ class Site:
             state = keeper.read_state(self.directory)
             if state and keeper.is_alive(state["keeper"]) and await to_thread.run_sync(is_healthy, state):
                 return state
-            await sleep(0.05)
+            if not (started or waited):
+                self.say(f"Waiting for the Prefect {self.directory.name} server of another process ...")
+                waited = True
+            await sleep(PAUSE_SECONDS)
 
     def start_keeper(self, place: int) -> None:
         """Clear away what the last keeper left, and start one that takes over our lock."""
@@ -131,9 +135,7 @@ class Site:
         env = server_env(os.environ, self.directory)
         root = Path(__file__).parents[2]  # where `-m` finds procworker, however we were imported
         with open(keeper.private_file(self.directory / "server.log", os.O_TRUNC), "ab") as log:
-            subprocess.run(
-                command, cwd=root, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[place]
-            )
+            run(command, cwd=root, env=env, stdin=DEVNULL, stdout=log, stderr=log, pass_fds=[place])
 
     def epitaph(self) -> str:
         """Say why the server died at start, and what helps where that is known."""
@@ -146,22 +148,26 @@ class Site:
 
     async def leave(self, lease: int, keep_seconds: float) -> None:
         """Give the lease back; the last user, if nobody wants the server kept, waits until it is gone."""
-        is_last = keeper.lock(lease, exclusive=True)
-        kept = max(keep_seconds, keeper.kept_for(lease))
+        is_wanted = not keeper.lock(lease, exclusive=True) or max(keep_seconds, keeper.kept_for(lease))
+        state = keeper.read_state(self.directory)
         os.close(lease)
         place = keeper.private_file(self.directory / "keeper")
-        if is_last and not kept:
-            with move_on_after(LEAVE_SECONDS):
-                await until(partial(keeper.lock, place, exclusive=True))
+        if not is_wanted:
+            with move_on_after(LEAVE_SECONDS) as scope:
+                while not keeper.lock(place, exclusive=True):
+                    if state and not keeper.is_alive(state["keeper"]):
+                        break  # somebody started the next one
+                    await sleep(PAUSE_SECONDS)
+            if scope.cancelled_caught:
+                self.say("The Prefect server is still ending")
         os.close(place)
 
 
 def find_prefect(python: str) -> tuple[str, str]:
     """Ask an interpreter for its real path and its Prefect's version, without importing Prefect."""
-    command = [python, "-c", PROBE]
     try:
-        answer = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.SubprocessError) as error:
+        answer = run([python, "-c", PROBE], stdin=DEVNULL, capture_output=True, text=True, timeout=60)
+    except (OSError, SubprocessError) as error:
         raise ConfigurationError(f"Cannot run the interpreter {python}: {error}") from error
     if "PackageNotFoundError" in answer.stderr:
         advice = "pip install 'procworker[prefect]', or choose another interpreter with --python"
@@ -202,12 +208,6 @@ def usable(directory: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigurationError(f"The server cannot use {directory}: {error.strerror or error}") from error
-
-
-async def until(fact: Callable[[], bool]) -> None:
-    """Wait for a fact outside this process, which has no event to wait for."""
-    while not fact():  # noqa: ASYNC110
-        await sleep(0.05)
 
 
 def is_healthy(state: dict[str, Any]) -> bool:

@@ -7,7 +7,7 @@ from datetime import datetime, timezone
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 from urllib.parse import quote
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import httpx
 from pydantic import TypeAdapter
@@ -24,6 +24,7 @@ JSON = dict[str, Any]
 T = TypeVar("T")
 
 PAGE = 200  # no server returns more rows at once
+GONE = "exception_message"  # in a 404 that is about the object and not about the route
 
 
 class Options(TypedDict, total=False):
@@ -54,7 +55,7 @@ class Client:
         headers: Mapping[str, str] = {},
     ) -> None:
         self.http = Http(settings, transport, headers)
-        self._settings = settings
+        self._is_cloud = settings.is_cloud
         self._refused: set[str] = set()
 
     async def __aenter__(self) -> Self:
@@ -79,7 +80,8 @@ class Client:
         except ApiError as error:
             if error.status_code not in refusals:
                 raise
-            self._refused.add(what)
+            if GONE not in str(error):
+                self._refused.add(what)
 
     # Work pools
 
@@ -99,8 +101,8 @@ class Client:
             return await self.read_work_pool(name)
 
     async def update_work_pool(self, work_pool_name: str, base_job_template: JSON) -> None:
-        body = {"base_job_template": base_job_template}
-        await self.http.request("PATCH", _path("work_pools", work_pool_name), json=body)
+        path = _path("work_pools", work_pool_name)
+        await self.http.request("PATCH", path, json={"base_job_template": base_job_template})
 
     async def send_worker_heartbeat(
         self,
@@ -114,15 +116,14 @@ class Client:
         path = _path("work_pools", work_pool_name, "workers", "heartbeat")
         seconds = None if heartbeat_interval_seconds is None else int(heartbeat_interval_seconds)
         body: JSON = {"name": worker_name, "heartbeat_interval_seconds": seconds}
-        if get_worker_id and self._settings.is_cloud:
+        if get_worker_id and self._is_cloud:
             asking = {**body, "return_id": True}
             try:
-                worker_id = await self.http.request("POST", path, json=asking, parse=_bare_uuid, **options)
+                worker_id: UUID = await self.http.request("POST", path, json=asking, parse=_uuid, **options)
+                return worker_id
             except Rejected as error:
                 if error.status_code != 422:
                     raise
-            else:
-                return UUID(worker_id)
         await self.http.request("POST", path, json=body, **options)
         return None
 
@@ -166,9 +167,7 @@ class Client:
             found += await self._read(list[models.FlowRun], "POST", "/flow_runs/filter", json=body, **options)
         return found
 
-    async def read_flow_run_states(
-        self, flow_run_id: UUID, **options: Unpack[Options]
-    ) -> list[models.State]:
+    async def read_flow_run_states(self, flow_run_id: UUID, **options: Unpack[Options]) -> list[models.State]:
         """List the states that a run went through, oldest first."""
         params = {"flow_run_id": str(flow_run_id)}
         states = await self._read(list[models.State], "GET", "/flow_run_states/", params=params, **options)
@@ -197,22 +196,22 @@ class Client:
         await self._try("labels", {404, 405}, "PATCH", path, json=dict(labels), **options)
 
     async def create_flow_run(self, flow_id: UUID, **run: Unpack[NewRun]) -> models.FlowRun:
-        """Create a run that belongs to no deployment."""
-        body = _given(flow_id=str(flow_id), **run)
+        """Create a run of no deployment; 2.20 knows neither its job_variables nor its work_pool_name."""
+        body = _given(flow_id=str(flow_id), idempotency_key=str(uuid4()), **run)
         return await self._read(models.FlowRun, "POST", "/flow_runs/", json=body)
 
     async def create_flow_run_from_deployment(
         self, deployment_id: UUID, **run: Unpack[NewRun]
     ) -> models.FlowRun:
         path = _path("deployments", deployment_id, "create_flow_run")
-        return await self._read(models.FlowRun, "POST", path, json=_given(**run))
+        body = _given(idempotency_key=str(uuid4()), **run)
+        return await self._read(models.FlowRun, "POST", path, json=body)
 
     # Flows, deployments, blocks, variables
 
     async def create_flow(self, name: str, tags: Sequence[str] = ()) -> UUID:
         """Register a flow, unless the server knows it, and return its id."""
-        body = {"name": name, "tags": list(tags)}
-        return (await self._read(models.Flow, "POST", "/flows/", json=body)).id
+        return (await self._read(models.Flow, "POST", "/flows/", json={"name": name, "tags": list(tags)})).id
 
     async def read_flow(self, flow_id: UUID, **options: Unpack[Options]) -> models.Flow:
         return await self._read(models.Flow, "GET", _path("flows", flow_id), **options)
@@ -280,5 +279,5 @@ def _given(**fields: Any) -> JSON:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _bare_uuid(body: bytes) -> UUID:
+def _uuid(body: bytes) -> UUID:
     return UUID(body.decode().strip().strip('"'))

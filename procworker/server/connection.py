@@ -1,4 +1,4 @@
-"""The httpx client that the settings describe: credentials, headers, TLS, proxies."""
+"""One exchange with the API over the connection that the settings describe: credentials, TLS, proxies."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import re
 import ssl
 from base64 import b64encode
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from contextlib import aclosing
 from importlib.util import find_spec
 from ipaddress import ip_address, ip_network
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.request import getproxies
 
 import httpx
@@ -19,8 +19,10 @@ from procworker import __version__
 from procworker.errors import ConfigurationError
 from procworker.settings import Settings
 
+BODY_LIMIT = 64 * 1024 * 1024
+REDIRECTS = 5
 LIMITS = httpx.Limits(max_connections=16, max_keepalive_connections=8, keepalive_expiry=25)
-# The server reads the User-Agent: whoever calls himself prefect/x.y is treated as that version.
+# Servers treat a client that calls itself prefect/x.y as that version, so this one uses its own name.
 OWN_HEADERS = {"user-agent": f"procworker/{__version__}", "x-prefect-api-version": "0.8.4"}
 RESERVED_HEADERS = {"user-agent", "prefect-csrf-token", "prefect-csrf-client"}
 HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
@@ -29,10 +31,22 @@ HEADER_VALUE = re.compile(r"([!-~]([ -~\t]*[!-~])?)?")
 logger = logging.getLogger(__name__)
 
 
+class Answer(NamedTuple):
+    """A response, read to its end."""
+
+    status: int
+    reason: str
+    headers: httpx.Headers
+    body: bytes
+
+    def refuses_csrf_token(self) -> bool:
+        return self.status == 403 and b"CSRF token" in self.body
+
+
 def connect(
     settings: Settings, transport: httpx.AsyncBaseTransport | None, headers: Mapping[str, str]
 ) -> httpx.AsyncClient:
-    """Make the client; ConfigurationError says which setting cannot be followed."""
+    """Make the client; a ConfigurationError says which setting cannot be followed."""
     if not settings.api_url:
         raise ConfigurationError("there is no API to talk to: set PREFECT_API_URL")
     try:
@@ -47,34 +61,61 @@ def connect(
             mounts={f"all://{url.netloc.decode()}": None} if _is_direct(url.host) else None,
             transport=transport,
         )
-    except (httpx.InvalidURL, ValueError, ImportError) as error:  # also for a malformed or SOCKS proxy
+    except (httpx.InvalidURL, ValueError, ImportError) as error:  # also a malformed or SOCKS proxy
         text = mask(str(error), settings.secrets())
-        raise ConfigurationError(f"PREFECT_API_URL or a proxy variable is no use: {text}") from error
+        raise ConfigurationError(f"PREFECT_API_URL or a proxy variable cannot be used: {text}") from error
 
 
-def authorization(settings: Settings) -> str | None:
-    """Build the header that proves who we are; basic auth wins over the key."""
-    if settings.api_auth_string:
-        return "Basic " + b64encode(settings.api_auth_string.get_secret_value().encode()).decode()
-    return f"Bearer {settings.api_key.get_secret_value()}" if settings.api_key else None
+async def exchange(client: httpx.AsyncClient, request: httpx.Request, strip: Iterable[str]) -> Answer:
+    """Send a request and read the answer to its end, following redirects that keep the method.
+
+    httpx keeps Authorization from other origins; `strip` names what other hosts must not see either.
+    """
+    for _ in range(REDIRECTS):
+        async with aclosing(await client.send(request, stream=True)) as response:
+            following = response.next_request
+            if following is None or following.method != request.method:
+                body = await _body(response)
+                return Answer(response.status_code, response.reason_phrase, response.headers, body)
+        if following.url.host != request.url.host:
+            for name in strip:
+                following.headers.pop(name, None)
+        request = following
+    raise httpx.TooManyRedirects("too many redirects")
+
+
+async def _body(response: httpx.Response) -> bytes:
+    """Read to the end, or until it is too much."""
+    declared, body = response.headers.get("Content-Length", ""), bytearray()
+    if not (declared.isdecimal() and int(declared) > BODY_LIMIT):
+        async for chunk in response.aiter_bytes():
+            body += chunk
+            if len(body) > BODY_LIMIT:
+                break
+        else:
+            return bytes(body)
+    raise OverflowError("the body is larger than 64 MiB")
 
 
 def mask(text: str, secrets: Iterable[str]) -> str:
     """Put stars in the place of every secret."""
     for secret in sorted(secrets, key=len, reverse=True):
-        text = text.replace(secret, "********") if secret else text
+        text = text.replace(secret, "********")
     return text
 
 
-def _headers(settings: Settings, extra: Mapping[str, str]) -> dict[str, str]:
-    """Collect what goes with every request; custom headers win over Authorization, never over our name."""
-    values = {name.lower(): value.strip(" \t") for name, value in extra.items()}
+def _headers(settings: Settings, given: Mapping[str, str]) -> dict[str, str]:
+    """Collect what goes with every request: custom headers win over credentials, basic auth over the key."""
+    values = {name.lower(): value.strip(" \t") for name, value in given.items()}
     headers = {name: value for name, value in values.items() if HEADER_VALUE.fullmatch(value)} | OWN_HEADERS
-    if proof := authorization(settings):
-        headers["authorization"] = proof
+    if settings.api_auth_string:
+        basic = b64encode(settings.api_auth_string.get_secret_value().encode())
+        headers["authorization"] = f"Basic {basic.decode()}"
+    elif settings.api_key:
+        headers["authorization"] = f"Bearer {settings.api_key.get_secret_value()}"
     for name, value in settings.client_custom_headers.items():
         if name.lower() in RESERVED_HEADERS:
-            logger.warning("PREFECT_CLIENT_CUSTOM_HEADERS: %s is ours to set and stays as it is", name)
+            logger.warning("PREFECT_CLIENT_CUSTOM_HEADERS: %s is not a custom header and is ignored", name)
         else:
             headers[name.lower()] = value.strip()
     for name, value in headers.items():
@@ -86,11 +127,10 @@ def _headers(settings: Settings, extra: Mapping[str, str]) -> dict[str, str]:
 def _tls(settings: Settings, scheme: str) -> ssl.SSLContext:
     if settings.api_tls_insecure_skip_verify:
         return httpx.create_ssl_context(verify=False)
-    if settings.api_ssl_cert_file:
+    if file := settings.api_ssl_cert_file:
         try:
-            return ssl.create_default_context(cafile=settings.api_ssl_cert_file)
+            return ssl.create_default_context(cafile=file)
         except OSError as error:
-            file = settings.api_ssl_cert_file
             raise ConfigurationError(f"PREFECT_API_SSL_CERT_FILE {file} cannot be used: {error}") from error
     return httpx.create_ssl_context() if scheme == "https" else _LateContext(ssl.PROTOCOL_TLS_CLIENT)
 
@@ -110,8 +150,11 @@ def _is_direct(host: str) -> bool:
     except ValueError:
         domains = [name.lstrip("*.") for name in names]
         return host == "localhost" or any(name and f".{host}".endswith(f".{name}") for name in domains)
-    networks = [address.is_loopback]
-    for name in names:
-        with suppress(ValueError):
-            networks.append(address in ip_network(name, strict=False))
-    return any(networks)
+    return address.is_loopback or any(_contains(name, address) for name in names)
+
+
+def _contains(network: str, address: Any) -> bool:
+    try:
+        return address in ip_network(network, strict=False)
+    except ValueError:
+        return False

@@ -1,4 +1,4 @@
-"""The one place that asks the API: CSRF, retries, bounds, and errors named by what the caller can do."""
+"""The one place that asks the API: bounds, retries, CSRF, and errors named by what the caller can do."""
 
 from __future__ import annotations
 
@@ -8,51 +8,42 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping
-from contextlib import aclosing
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import anyio
 import httpx
-from pydantic import ValidationError
+from pydantic import AwareDatetime, ValidationError
 
 from procworker.errors import ApiError, ObjectNotFound, Rejected, Unauthorized, Unreachable
-from procworker.server.connection import authorization, connect, mask
-from procworker.server.models import CsrfToken
+from procworker.server.connection import Answer, connect, exchange, mask
+from procworker.server.models import Shape
 from procworker.settings import Settings
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-BODY_LIMIT = 64 * 1024 * 1024
-REDIRECTS = 5
 LONGEST_PAUSE, LONGEST_MAINTENANCE = 60.0, 600.0
 PASSING_CODES = frozenset({408, 429, 502, 503})
-TOO_LARGE = "the body is larger than 64 MiB"
-# UnicodeError: a host name that cannot be encoded. OverflowError: TOO_LARGE. OSError: TimeoutError too.
-LASTING = (httpx.UnsupportedProtocol, httpx.TooManyRedirects, httpx.InvalidURL, UnicodeError, OverflowError)
+# OverflowError: a body over the limit. UnicodeError: a host name that cannot be encoded. OSError: a timeout.
+LASTING = (httpx.UnsupportedProtocol, httpx.TooManyRedirects, httpx.InvalidURL, OverflowError, UnicodeError)
 NO_ANSWER = (httpx.HTTPError, OSError, *LASTING)
 
 logger = logging.getLogger(__name__)
 
 
-class Answer(NamedTuple):
-    """A response, read to its end."""
+class CsrfToken(Shape):
+    """The server's leave to change things, for an hour or so."""
 
-    status: int
-    reason: str
-    headers: httpx.Headers
-    body: bytes
-
-    def refuses_csrf_token(self) -> bool:
-        return self.status == 403 and b"CSRF token" in self.body
+    token: str
+    expiration: AwareDatetime
 
 
 class _Passing(Exception):
-    """An attempt failed in a way that the next one may not."""
+    """An attempt failed in a way that the next one may not; with `once`, one more attempt is enough."""
 
     def __init__(self, error: ApiError, headers: Mapping[str, str] = {}, once: bool = False) -> None:
         self.error, self.once = error, once
@@ -74,16 +65,17 @@ class Http:
         self.maintenance_ends_at: float | None = None
         self._settings = settings
         self._connect = partial(connect, settings, transport, headers)
-        self._secrets = {*settings.secrets(), (authorization(settings) or "").partition(" ")[2]}
         self._answered = False
+        self._may_need_csrf = settings.client_csrf_support_enabled and not settings.is_cloud
+        self._needs_csrf = self._may_need_csrf
         self._csrf: CsrfToken | None = None
         self._csrf_client = str(uuid4())
         self._csrf_lock = anyio.Lock()
-        self._may_need_csrf = settings.client_csrf_support_enabled and not settings.is_cloud
-        self._needs_csrf = self._may_need_csrf
 
     async def __aenter__(self) -> Self:
         self._client = self._connect()
+        proof = self._client.headers.get("Authorization", "").split()[1:]
+        self._secrets = {*self._settings.secrets(), *proof}
         return self
 
     async def __aexit__(self, *error: object) -> None:
@@ -104,7 +96,7 @@ class Http:
 
         Attempts that meet the server's maintenance are not counted, unless retries is 0.
         """
-        # A lone surrogate, as in a file name that is not UTF-8, would make the server refuse everything.
+        # A lone surrogate (a file name that is not UTF-8) would make the server refuse everything.
         content = None if json is None else jsonlib.dumps(json, ensure_ascii=False).encode(errors="replace")
         kind = {} if content is None else {"Content-Type": "application/json"}
         request = self._client.build_request(method, path, params=params, content=content, headers=kind)
@@ -126,23 +118,23 @@ class Http:
             await anyio.sleep(pause)
 
     def _pause(self, failure: _Passing, attempts: int) -> float:
-        """Choose how long to wait: what the server says if it is sane, else twice as long each time."""
+        """Choose how long to wait: what the server says, if that is sane, or twice as long each time."""
         jitter = self._settings.client_retry_jitter_factor
-        longest = LONGEST_MAINTENANCE if failure.in_maintenance else LONGEST_PAUSE
-        if failure.retry_after is not None:
-            pause = min(failure.retry_after, longest) * random.uniform(1, 1 + jitter)
-        else:
-            pause = min(self.first_pause * 2.0 ** (attempts - 1), LONGEST_PAUSE)
+        if failure.retry_after is None:
+            pause = min(self.first_pause * 2.0 ** min(attempts - 1, 9), LONGEST_PAUSE)
             pause *= random.uniform(max(0, 1 - jitter), 1 + jitter)
+        else:
+            longest = LONGEST_MAINTENANCE if failure.in_maintenance else LONGEST_PAUSE
+            pause = min(failure.retry_after, longest) * random.uniform(1, 1 + jitter)
         if failure.in_maintenance:
-            pause = max(pause, self.first_pause)  # nothing else bounds these attempts
+            pause = max(pause, self.first_pause)  # nothing else slows these attempts down
             self.maintenance_ends_at = anyio.current_time() + pause
         return pause
 
     async def _attempt(self, route: str, request: httpx.Request, parse: Callable[[bytes], Any]) -> Any:
         """Ask once, or twice if the server wants a new CSRF token."""
         try:
-            # httpx bounds each read; this also stops a server that sends one byte at a time.
+            # httpx bounds each read; this also ends an answer that comes byte by byte.
             with anyio.fail_after(2 * self._settings.api_request_timeout):
                 await self._add_csrf_token(request)
                 answer = await self._exchange(request)
@@ -155,12 +147,12 @@ class Http:
         return self._read(route, answer, parse)
 
     async def _add_csrf_token(self, request: httpx.Request) -> None:
-        """Fetch a token when a change needs one; most servers say, once, that they want none."""
+        """Fetch a token if a change needs one; most servers say, once, that they want none."""
         if request.method == "GET" or not self._needs_csrf:
             return
         async with self._csrf_lock:
-            now = datetime.now(timezone.utc)
-            if self._needs_csrf and (self._csrf is None or self._csrf.expiration <= now):
+            fresh = self._csrf is not None and self._csrf.expiration > datetime.now(timezone.utc)
+            if self._needs_csrf and not fresh:
                 params = {"client": self._csrf_client}
                 answer = await self._exchange(self._client.build_request("GET", "/csrf-token", params=params))
                 self._needs_csrf = answer.status not in (404, 405, 422)
@@ -171,28 +163,16 @@ class Http:
             request.headers["Prefect-Csrf-Client"] = self._csrf_client
 
     async def _exchange(self, request: httpx.Request) -> Answer:
-        """Send a request and read the answer to its end, following redirects that keep the method."""
-        for _ in range(REDIRECTS):
-            async with aclosing(await self._client.send(request, stream=True)) as response:
-                self._answered = True
-                following = response.next_request
-                if following is None or following.method != request.method:
-                    body = await _body(response)
-                    return Answer(response.status_code, response.reason_phrase, response.headers, body)
-            if following.url.host != request.url.host:
-                # httpx takes only Authorization away from strangers.
-                for name in self._settings.client_custom_headers:
-                    following.headers.pop(name, None)
-            request = following
-        raise httpx.TooManyRedirects("too many redirects")
+        answer = await exchange(self._client, request, strip=self._settings.client_custom_headers)
+        self._answered = True
+        return answer
 
     def _silence(self, route: str, error: Exception) -> Exception:
-        """Explain a missing answer; where nothing ever answered, a refused connection is not tried again."""
+        """Explain a missing answer; a connection that is refused before any answer came is not retried."""
+        text = f"{type(error).__name__}: {error}"
         if isinstance(error, (httpx.TimeoutException, TimeoutError)):
             text = f"no answer within {self._settings.api_request_timeout:g} s"
-        else:
-            text = f"{type(error).__name__}: {error}"
-        if "CERTIFICATE_VERIFY_FAILED" in text:
+        elif "CERTIFICATE_VERIFY_FAILED" in text:
             text += " (PREFECT_API_SSL_CERT_FILE names the CA to trust)"
         failure = Unreachable(f"{route}: {self._line(text)}")
         first = isinstance(error, httpx.ConnectError) and not self._answered
@@ -200,19 +180,19 @@ class Http:
 
     def _read(self, route: str, answer: Answer, parse: Callable[[bytes], Any]) -> Any:
         """Return the parsed body of a good answer; raise what any other answer means."""
+        good = 200 <= answer.status < 300
         text = f"{route}: {answer.status} {answer.reason}"
-        excerpt = self._line(answer.body[:2000].decode(errors="replace"))[:200]
-        if 200 <= answer.status < 300:
+        if good:
             try:
                 return parse(answer.body)
             except (ValueError, RecursionError) as error:
-                text += f", but the body is no use: {_complaint(error)}: {excerpt}"
-                raise _Passing(Unreachable(text, answer.status), once=True) from None
-        if location := answer.headers.get("Location"):
-            text += f" to {self._line(location)[:200]}"
-        failure = _kind(answer)(f"{text}: {excerpt}".rstrip(": "), answer.status)
-        if answer.status in PASSING_CODES | self._settings.client_retry_extra_codes:
-            raise _Passing(failure, answer.headers)
+                text += f", but the body is no use: {_complaint(error)}"
+        elif location := answer.headers.get("Location"):
+            text += f" to {location[:200]}"
+        excerpt = self._line(answer.body[:2000].decode(errors="replace"))[:200]
+        failure = _kind(answer)(f"{self._line(text)}: {excerpt}".rstrip(": "), answer.status)
+        if good or answer.status in PASSING_CODES | self._settings.client_retry_extra_codes:
+            raise _Passing(failure, answer.headers, once=good)
         raise failure
 
     def _line(self, text: str) -> str:
@@ -232,24 +212,11 @@ def _complaint(error: Exception) -> str:
     if not isinstance(error, ValidationError):
         return str(error)
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    return ".".join(map(str, first["loc"])) + f": {first['msg']}" if first["loc"] else first["msg"]
-
-
-async def _body(response: httpx.Response) -> bytes:
-    """Read to the end, but never more than the limit and one chunk."""
-    declared = response.headers.get("Content-Length", "")
-    body = bytearray()
-    if declared.isdecimal() and int(declared) > BODY_LIMIT:
-        raise OverflowError(TOO_LARGE)
-    async for chunk in response.aiter_bytes():
-        body += chunk
-        if len(body) > BODY_LIMIT:
-            raise OverflowError(TOO_LARGE)
-    return bytes(body)
+    return ": ".join(filter(None, [".".join(map(str, first["loc"])), first["msg"]]))
 
 
 def _retry_after(text: str) -> float | None:
-    """Read seconds or an HTTP date that are still to come; anything else counts as nothing."""
+    """Read seconds, or a date that is still to come; anything else counts as nothing."""
     try:
         seconds = float(text)
     except ValueError:

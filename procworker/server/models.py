@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID, uuid4
 
-from pydantic import AwareDatetime, BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 FINAL_TYPES = frozenset({"COMPLETED", "FAILED", "CANCELLED", "CRASHED"})
 
@@ -17,9 +17,9 @@ class Shape(BaseModel, extra="allow"):
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        return {name: value for name, value in data.items() if value is not None or name not in cls.model_fields}
+        if isinstance(data, dict):
+            return {key: data[key] for key in data if data[key] is not None or key not in cls.model_fields}
+        return data
 
 
 class Named(Shape):
@@ -46,7 +46,6 @@ class State(Shape):
 
     def is_cancelling(self) -> bool:
         """Say whether somebody asked for an end that has not come yet."""
-        # Before there was a type for it, there was a name.
         return self.type == "CANCELLING" or (self.type, self.name) == ("CANCELLED", "Cancelling")
 
 
@@ -70,7 +69,6 @@ class FlowRun(Named):
     expected_start_time: datetime | None = None
     next_scheduled_start_time: datetime | None = None
     start_time: datetime | None = None
-    end_time: datetime | None = None
     total_run_time: float = 0
 
 
@@ -91,13 +89,12 @@ class Deployment(Named):
     path: str | None = None
     work_pool_name: str | None = None
     work_queue_name: str | None = None
-    parameters: dict[str, Any] = {}
     parameter_openapi_schema: dict[str, Any] = {}
 
     @model_validator(mode="before")
     @classmethod
     def _under_their_old_name(cls, data: Any) -> Any:
-        # 2.20 calls the variables of a deployment that was made over REST infra_overrides, and only that.
+        # Where a deployment was made over REST, 2.20 has this name only.
         if isinstance(data, dict) and not data.get("job_variables"):
             return {**data, "job_variables": data.get("infra_overrides") or {}}
         return data
@@ -114,7 +111,6 @@ class WorkPool(Named):
     is_paused: bool = False
     concurrency_limit: int | None = None
     status: str | None = None
-    default_queue_id: UUID | None = None
 
 
 class WorkQueue(Named):
@@ -150,13 +146,6 @@ class OrchestrationResult(Shape):
     state: State | None = None
     status: str
     details: dict[str, Any] = {}
-
-
-class CsrfToken(Shape):
-    """The server's leave to change things, for an hour or so."""
-
-    token: str
-    expiration: AwareDatetime
 
 
 def new_state(

@@ -7,7 +7,6 @@ import logging
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Awaitable, Callable
-from datetime import datetime, timezone
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -71,32 +70,6 @@ class Outbox:
         """Send an event made by events.event()."""
         if (size := _size(event)) <= LARGEST_EVENT:
             self._events.put(event, size)
-
-
-class ApiLogHandler(logging.Handler):
-    """Send what is logged about a flow run to the run's log on the server."""
-
-    def __init__(self, outbox: Outbox) -> None:
-        super().__init__()
-        self._outbox = outbox
-
-    def emit(self, record: logging.LogRecord) -> None:
-        ids = {name: getattr(record, name, None) for name in ("flow_run_id", "task_run_id", "worker_id")}
-        own = record.name.startswith(__name__)  # a failed delivery must not become something to deliver
-        if own or not any(ids.values()) or not getattr(record, "send_to_api", True):
-            return
-        try:
-            self._outbox.log(
-                {
-                    "name": record.name,
-                    "level": record.levelno,
-                    "message": self.format(record),
-                    "timestamp": datetime.fromtimestamp(record.created, timezone.utc).isoformat(),
-                    **{name: value and str(value) for name, value in ids.items()},
-                }
-            )
-        except Exception:
-            self.handleError(record)
 
 
 class _Queue:

@@ -7,7 +7,6 @@ import os
 import shlex
 import signal
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +56,9 @@ def join_command(argv: Sequence[str]) -> str:
     return subprocess.list2cmdline(argv) if os.name == "nt" else shlex.join(argv)
 
 
-async def spawn(argv: Sequence[str], *, cwd: Path, env: Mapping[str, str], stdout: Path, stderr: Path) -> Child:
+async def spawn(
+    argv: Sequence[str], *, cwd: Path, env: Mapping[str, str], stdout: Path, stderr: Path
+) -> Child:
     """Start argv with empty stdin and its output appended to two private files.
 
     Raises SpawnError with a sentence that says what is wrong.
@@ -67,37 +68,45 @@ async def spawn(argv: Sequence[str], *, cwd: Path, env: Mapping[str, str], stdou
         raise SpawnError(f"The working directory {str(cwd)!r} {what}.")
     for name, value in env.items():
         if not name or "=" in name or "\0" in name + value:
-            raise SpawnError(f"The environment variable {name!r} has a character that no environment can hold.")
-    options = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if sys.platform == "win32" else {}
+            raise SpawnError(
+                f"The environment variable {name!r} has a character that no environment can hold."
+            )
+    out = err = -1
     try:
-        with open(stdout, "ab", opener=_private) as out, open(stderr, "ab", opener=_private) as err:
-            # A cancelled open_process cleans up after itself, but the lines after it must not be cut off.
-            with anyio.CancelScope(shield=True):
-                spawned = await anyio.open_process(
-                    list(argv),
-                    stdin=subprocess.DEVNULL,
-                    stdout=out,
-                    stderr=err,
-                    cwd=cwd,
-                    env=dict(env),
-                    start_new_session=os.name == "posix",
-                    **options,
-                )
+        out, err = _open_private(stdout), _open_private(stderr)
+        # A cancelled open_process cleans up after itself, but the lines after it must not be cut off.
+        with anyio.CancelScope(shield=True):
+            spawned = await anyio.open_process(
+                list(argv),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                cwd=cwd,
+                env=dict(env),
+                start_new_session=os.name == "posix",
+                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+            )
     except (OSError, ValueError) as error:
         raise SpawnError(_explain(error, argv, env)) from error
+    finally:
+        for handle in (out, err):
+            if handle >= 0:
+                os.close(handle)
     # A child that is already a zombie still has its pid: nobody else has reaped it.
     return Child(identify(spawned.pid) or Process(spawned.pid, -1.0), spawned)
 
 
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
+def _open_private(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
 
 def _explain(error: Exception, argv: Sequence[str], env: Mapping[str, str]) -> str:
     code = getattr(error, "errno", None)
     if code == errno.E2BIG:
         largest = sorted(env, key=lambda name: -len(env[name]))[:5]
-        return f"The environment or the command is too large for this system; the largest variables: {largest}."
+        return (
+            f"The environment or the command is too large for this system; the largest variables: {largest}."
+        )
     if code == errno.ENOENT:
         return f"The command {argv[0]!r} was not found; check `command`, `python` and PATH."
     if code in (errno.EACCES, errno.ENOEXEC):
@@ -143,7 +152,9 @@ _MEANINGS = {
     126: ExitMeaning("The command is not executable.", "Check the permissions of the command."),
     127: ExitMeaning("The command was not found.", "Check PATH and whether the command is installed."),
     137: ExitMeaning("It was killed, most likely because memory ran out.", "Give it more memory."),
-    143: ExitMeaning("It was ended by SIGTERM inside a wrapper.", "Look at what stops processes on this host."),
+    143: ExitMeaning(
+        "It was ended by SIGTERM inside a wrapper.", "Look at what stops processes on this host."
+    ),
     247: ExitMeaning("It was ended for its memory use.", "Give it more memory, or profile it."),
     0xC000013A: ExitMeaning("It was ended by Ctrl-C or Ctrl-Break.", "Start it again if that was not meant."),
 }

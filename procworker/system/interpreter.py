@@ -40,7 +40,9 @@ def locate(python: str) -> str:
         candidates = [path / "bin" / "python", path / "Scripts" / "python.exe"]
         found = next((str(candidate) for candidate in candidates if candidate.exists()), None)
         if found is None:
-            raise ConfigurationError(f"python {python!r} is a directory without bin/python: not a virtual environment")
+            raise ConfigurationError(
+                f"python {python!r} is a directory without bin/python: not a virtual environment"
+            )
     else:
         found = shutil.which(str(path))
         if found is None:
@@ -64,7 +66,9 @@ def probe(path: str) -> str | None:
 @lru_cache(maxsize=64)
 def _probe(path: str, stamp: int) -> str | None:
     try:
-        done = subprocess.run([path, "-c", _PROBE], capture_output=True, text=True, timeout=20, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            [path, "-c", _PROBE], capture_output=True, text=True, timeout=20, stdin=subprocess.DEVNULL
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ConfigurationError(f"python {path!r} cannot be run: {error}") from error
     if done.returncode not in (0, 3):

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import anyio
+import anyio.lowlevel
 
 CHUNK = 256 * 1024
 LINE_LIMIT = 64 * 1024
@@ -120,7 +121,7 @@ class Follower:
                 more |= waiting
                 self._emit(stream, lines)
             if more:
-                await anyio.sleep(0)
+                await anyio.lowlevel.checkpoint()
             elif ended:
                 break
             else:
