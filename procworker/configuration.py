@@ -111,9 +111,7 @@ class BaseJobConfiguration(BaseModel):
         if deployment is None and flow_run.deployment_id:
             deployment = await client.read_deployment(flow_run.deployment_id)
         flow = await client.read_flow(flow_run.flow_id)
-        variables = merge_job_variables(
-            deployment.job_variables if deployment else {}, flow_run.job_variables
-        )
+        variables = merge_job_variables(deployment.job_variables if deployment else {}, flow_run.job_variables)
         configuration = await cls.from_template_and_values(work_pool.base_job_template, variables, client)
         configuration.prepare(flow_run, deployment, flow, work_pool, worker_name, worker_id)
         return configuration
@@ -197,9 +195,7 @@ def fill_template(base_job_template: JSON, values: Mapping[str, Any]) -> JSON:
     """Lay values over the template's defaults and fill its job configuration (contract 4.2, steps 3 to 8)."""
     for part in ("job_configuration", "variables"):
         if not isinstance(base_job_template.get(part), dict):
-            raise ConfigurationError(
-                f"the base job template has no {part!r}: `procworker template` prints a whole one"
-            )
+            raise ConfigurationError(f"the base job template has no {part!r}: `procworker template` prints a whole one")
     properties: JSON = base_job_template["variables"].get("properties") or {}
     job = copy.deepcopy(base_job_template["job_configuration"])
     variables = {
@@ -229,9 +225,7 @@ def _expand_dotted(values: Mapping[str, Any]) -> JSON:
             try:
                 set_in_dict(expanded, name, value)
             except TypeError as error:
-                raise ConfigurationError(
-                    f"job variable {name!r} goes through a value that is no mapping"
-                ) from error
+                raise ConfigurationError(f"job variable {name!r} goes through a value that is no mapping") from error
     for name, value in values.items():
         if "." not in name:
             both = isinstance(expanded.get(name), dict) and isinstance(value, dict)
@@ -310,9 +304,7 @@ class BaseVariables(BaseModel):
         **options: Any,
     ) -> JSON:
         """Return the schema in the form that Prefect's servers and UI read: `definitions`, not `$defs`."""
-        return _server_schema(
-            super().model_json_schema(by_alias, ref_template, schema_generator, mode, **options)
-        )
+        return _server_schema(super().model_json_schema(by_alias, ref_template, schema_generator, mode, **options))
 
 
 def _server_schema(schema: JSON) -> JSON:

@@ -48,9 +48,7 @@ class Loop:
     `interval` is asked before each pause (seconds). `wake` ends the pause early.
     """
 
-    def __init__(
-        self, what: str, work: Callable[[], Awaitable[object]], interval: Callable[[], float]
-    ) -> None:
+    def __init__(self, what: str, work: Callable[[], Awaitable[object]], interval: Callable[[], float]) -> None:
         self._what = what
         self._work = work
         self._interval = interval
@@ -68,13 +66,9 @@ class Loop:
         except Exception as error:
             self.failures += 1
             level = logging.ERROR if isinstance(error, Unauthorized) else logging.WARNING
-            if (
-                self.failures & (self.failures - 1) == 0
-            ):  # the 1st, 2nd, 4th, 8th ...: a long outage fills no disk
+            if self.failures & (self.failures - 1) == 0:  # the 1st, 2nd, 4th, 8th ...: a long outage fills no disk
                 text = f"{type(error).__name__}: {error}"
-                logger.log(
-                    level, "%s failed %d times in a row, going on: %s", self._what, self.failures, text
-                )
+                logger.log(level, "%s failed %d times in a row, going on: %s", self._what, self.failures, text)
         else:
             if self.failures:
                 logger.info("%s works again after %d failures", self._what, self.failures)

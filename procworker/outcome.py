@@ -34,7 +34,7 @@ class Facts:
     reason: Reason | None = None
     reason_text: str = ""
     result: BaseWorkerResult | None = None
-    error: Exception | None = None
+    error: BaseException | None = None
     started: bool = False
     configured_command: bool = False
 
@@ -116,15 +116,12 @@ def _judge_exit(code: int, current: State, facts: Facts) -> Proposal | None:
 
 
 def _message(text: str, facts: Facts) -> str:
-    return " ".join([text, *(facts.result.remarks if facts.result else [])])
+    return " ".join([text, *(facts.result.remarks if facts.result is not None else [])])
 
 
-def one_line(error: Exception | None) -> str:
+def one_line(error: BaseException | None) -> str:
     """Say what went wrong, with its place in the configuration but without its values (they may be secrets)."""
     if isinstance(error, ValidationError):
-        faults = [
-            f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
-            for fault in error.errors(include_input=False)
-        ]
+        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors(include_input=False)]
         return f"The job configuration is invalid: {'; '.join(faults)}."
     return " ".join(str(error).split()) or type(error).__name__

@@ -51,9 +51,7 @@ class ProcessJobConfiguration(BaseJobConfiguration):
 class ProcessVariables(BaseVariables):
     """The job variables of process pools: Prefect's six and procworker's own."""
 
-    stream_output: bool = Field(
-        default=True, description="Print the output of flow runs where the worker prints."
-    )
+    stream_output: bool = Field(default=True, description="Print the output of flow runs where the worker prints.")
     working_dir: Path | None = Field(
         default=None,
         title="Working Directory",
@@ -95,9 +93,7 @@ class ProcessWorker(BaseWorker[ProcessJobConfiguration, ProcessVariables, Proces
     _display_name = "Process"
     _documentation_url = "https://docs.prefect.io/latest/"
 
-    def __init__(
-        self, *args: Any, python: str | None = None, sink: Sink = print_line, **options: Any
-    ) -> None:
+    def __init__(self, *args: Any, python: str | None = None, sink: Sink = print_line, **options: Any) -> None:
         """As BaseWorker; `python` runs flows whose job names no other, `sink` takes their output line by line."""
         super().__init__(*args, **options)
         self._python = python
@@ -173,9 +169,7 @@ class ProcessWorker(BaseWorker[ProcessJobConfiguration, ProcessVariables, Proces
         finally:
             del self._families[str(child.pid)]
         if left := family.ended - before:
-            self.get_flow_run_logger(flow_run).warning(
-                "Ended %d processes that the flow run left behind", len(left)
-            )
+            self.get_flow_run_logger(flow_run).warning("Ended %d processes that the flow run left behind", len(left))
         remarks = [explain_exit(code).text, explain_exit(code).hint] if code else []
         if family.survivors:
             remarks.append(f"Could not be killed: {', '.join(map(describe, family.survivors))}.")
@@ -197,9 +191,7 @@ class ProcessWorker(BaseWorker[ProcessJobConfiguration, ProcessVariables, Proces
         """
         host, _, pid = infrastructure_pid.rpartition(":")
         if host and host != socket.gethostname():
-            raise InfrastructureNotAvailable(
-                f"Process {pid} runs on host {host!r}, not on {socket.gethostname()!r}."
-            )
+            raise InfrastructureNotAvailable(f"Process {pid} runs on host {host!r}, not on {socket.gethostname()!r}.")
         family = self._families.get(pid)
         if family is None:
             raise InfrastructureNotFound(f"Process {pid} was not started by this worker, or has ended.")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any, ClassVar, Protocol, TypeVar
 from uuid import UUID, uuid4
 
 import anyio
-from anyio.abc import TaskStatus
+from anyio.abc import TaskGroup, TaskStatus
 from pydantic import ValidationError
 
 from procworker.configuration import (
@@ -18,7 +19,14 @@ from procworker.configuration import (
     merge_job_variables,
     with_extra_variables,
 )
-from procworker.errors import ApiError, InfrastructureNotFound, ObjectNotFound, ProcworkerError, Unreachable
+from procworker.errors import (
+    ApiError,
+    InfrastructureNotFound,
+    ObjectNotFound,
+    ProcworkerError,
+    Unreachable,
+    single,
+)
 from procworker.logs import RunLogger
 from procworker.loops import patiently
 from procworker.outcome import (
@@ -39,7 +47,7 @@ T = TypeVar("T")
 
 CLAIM_SECONDS = 2.0
 """Age up to which a poll answer is good for a claim: servers accept a stale one (contract 0)."""
-CANCEL_GRACE_SECONDS = 30.0
+CANCEL_GRACE_SECONDS, ASK_SECONDS = 30.0, 2.0
 
 
 class Sources:
@@ -75,17 +83,11 @@ class Host(Protocol):
     @classmethod
     def get_default_base_job_template(cls) -> dict[str, Any]: ...
     def _inherited_environment(self, configuration: Any) -> dict[str, str]: ...
-    async def run(
-        self, flow_run: FlowRun, configuration: Any, task_status: TaskStatus[Any] | None = None
-    ) -> Any: ...
-    async def kill_infrastructure(
-        self, infrastructure_pid: str, configuration: Any, grace_seconds: float
-    ) -> None: ...
+    async def run(self, flow_run: FlowRun, configuration: Any, task_status: TaskStatus[Any] | None = None) -> Any: ...
+    async def kill_infrastructure(self, infrastructure_pid: str, configuration: Any, grace_seconds: float) -> None: ...
     def _in_background(self, work: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> None: ...
     def _run_moved(self) -> None: ...
-    def _emit(
-        self, event: str, run: Any, follows: Mapping[str, Any] | None = None
-    ) -> dict[str, Any] | None: ...
+    def _emit(self, event: str, run: Any, follows: Mapping[str, Any] | None = None) -> dict[str, Any] | None: ...
 
 
 class Started(TaskStatus[Any]):
@@ -103,9 +105,7 @@ class Started(TaskStatus[Any]):
 class Run:
     """One flow run. The task that walks it owns it; to end it early, others write down a reason and end its processes."""
 
-    def __init__(
-        self, host: Host, flow_run: FlowRun, log: RunLogger, sources: Sources, answered_at: float
-    ) -> None:
+    def __init__(self, host: Host, flow_run: FlowRun, log: RunLogger, sources: Sources, answered_at: float) -> None:
         self.flow_run = flow_run
         self.id = flow_run.id
         self.log = log
@@ -119,7 +119,7 @@ class Run:
         self.reason: Reason | None = None
         self.reason_text = ""
         self.result: BaseWorkerResult | None = None
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         self.final_state: State | None = None
         self.future: FlowRunFuture | None = None
         self.reporting = anyio.CancelScope(shield=True)
@@ -144,12 +144,11 @@ class Run:
             if self.claimed:
                 await self._configure()
                 await self._execute()
-        except Exception as error:
-            self.error = error
+        except Exception as caught:
+            self.error = error = single(caught)
             known = isinstance(error, ProcworkerError | ValidationError)
-            self.log.error(
-                "Flow run %r did not start: %s", self.flow_run.name, one_line(error), exc_info=not known
-            )
+            text = one_line(error)
+            self.log.error("Flow run %r failed: %s", self.flow_run.name, text, exc_info=None if known else error)
         finally:
             if self.claimed:
                 await self._report()
@@ -173,27 +172,36 @@ class Run:
             # A REJECT that shows our own transition id answers a repeated request.
             own = answer.state is not None and carries_id(answer.state, self.transition_id)
             if not own or answer.state is None or answer.state.type != "PENDING":
-                self.log.info(
-                    "Flow run %r is not ours to run: %s", name, answer.details.get("reason", answer.status)
-                )
+                self.log.info("Flow run %r is not ours to run: %s", name, answer.details.get("reason", answer.status))
+                await self._cancel_without_deployment()
                 return
         self.claimed = True
         history = await patiently(partial(client.read_flow_run_states, self.id))
         if (before := overwritten_by(history, self.transition_id)) is not None:
             self.claimed = False
             await self._put_back(before)
-        elif not owns(history, self.transition_id) or (
-            history[-1].is_final() and not history[-1].is_cancelling()
-        ):
+        elif not owns(history, self.transition_id) or (history[-1].is_final() and not history[-1].is_cancelling()):
             self.claimed = False
         elif history[-1].is_cancelling():
             self.reason = Reason.CANCELLED
 
+    async def _cancel_without_deployment(self) -> None:
+        """A run whose deployment is gone can never be claimed: say so once instead of polling it for ever."""
+        try:
+            await self._sources.read(self.flow_run.deployment_id, self._host.client.read_deployment)
+        except ObjectNotFound:
+            history = await patiently(partial(self._host.client.read_flow_run_states, self.id))
+            if history and history[-1].type == "SCHEDULED":
+                state = new_state("CANCELLED", message=self._without_deployment)
+                await patiently(partial(self._host.client.set_flow_run_state, self.id, state, force=True))
+
+    @property
+    def _without_deployment(self) -> str:
+        return f"The deployment {self.flow_run.deployment_id} of this flow run no longer exists."
+
     async def _put_back(self, state: State) -> None:
         """Our claim overwrote the end of another attempt: make it stand again."""
-        self.log.info(
-            "Flow run %r was %s already and is left so", self.flow_run.name, state.name or state.type
-        )
+        self.log.info("Flow run %r was %s already and is left so", self.flow_run.name, state.name or state.type)
         body = new_state(state.type, state.name, state.message, uuid4(), _details(state), state.data)
         await patiently(partial(self._host.client.set_flow_run_state, self.id, body, force=True))
 
@@ -203,9 +211,7 @@ class Run:
         try:
             self.deployment = await self._sources.read(flow_run.deployment_id, host.client.read_deployment)
         except ObjectNotFound as error:
-            raise DeploymentGone(
-                f"The deployment {flow_run.deployment_id} of this flow run no longer exists."
-            ) from error
+            raise DeploymentGone(self._without_deployment) from error
         self.flow = await self._sources.read(flow_run.flow_id, host.client.read_flow)
         own = host.get_default_base_job_template()
         template = (pool and pool.base_job_template) or host._base_job_template or own
@@ -213,9 +219,7 @@ class Run:
         variables = merge_job_variables(
             self.deployment.job_variables if self.deployment else {}, flow_run.job_variables
         )
-        configuration = await host.job_configuration.from_template_and_values(
-            template, variables, host.client
-        )
+        configuration = await host.job_configuration.from_template_and_values(template, variables, host.client)
         self._configured_command = configuration.command is not None
         configuration._inherited = host._inherited_environment(configuration)
         configuration.prepare(flow_run, self.deployment, self.flow, pool, host.name, host.backend_id)
@@ -228,20 +232,21 @@ class Run:
         host = self._host
         self.log.info("Worker %r submitting flow run %r", host.name, str(self.id))
         submitted = host._emit("prefect.worker.submitted-flow-run", self)
-        with self._running:
-            self.result = await host.run(
-                self.flow_run, self.configuration, task_status=Started(self._started)
-            )
-            host._emit("prefect.worker.executed-flow-run", self, submitted)
+        async with anyio.create_task_group() as beside:
+            started = Started(partial(self._started, beside))
+            with self._running:
+                self.result = await host.run(self.flow_run, self.configuration, task_status=started)
+                host._emit("prefect.worker.executed-flow-run", self, submitted)
+            beside.cancel_scope.cancel()
 
-    def _started(self, identifier: str) -> None:
-        """The infrastructure exists: everything that follows from that happens beside the line."""
+    def _started(self, beside: TaskGroup, identifier: str) -> None:
+        """The infrastructure exists: what follows from that happens beside the line."""
         self.identifier = identifier
         self.log.info("Flow run %r started as %s", self.flow_run.name, identifier)
-        self._host._in_background(self._tell)
+        beside.start_soon(self._tell)
         seconds = getattr(self.configuration, "timeout_seconds", None)
         if seconds:
-            self._host._in_background(self._stop_after, seconds)
+            beside.start_soon(self._stop_after, seconds)
         if self.reason is not None:
             self._host._in_background(self._end, 0.0)
         self._host._run_moved()
@@ -260,9 +265,14 @@ class Run:
 
     async def _stop_after(self, seconds: float) -> None:
         await anyio.sleep(seconds)
-        if self.result is None and self.error is None:
-            text = f"The flow run exceeded its timeout of {seconds:g} seconds and was ended."
-            await self.stop(Reason.TIMED_OUT, text, CANCEL_GRACE_SECONDS)
+        text = f"The flow run exceeded its timeout of {seconds:g} seconds and was ended."
+        self._host._in_background(self.stop, Reason.TIMED_OUT, text, CANCEL_GRACE_SECONDS)
+
+    async def cancel(self, grace: float) -> None:
+        """Cancel it on our own account; where the server can be asked, its history says so first."""
+        with anyio.move_on_after(ASK_SECONDS), suppress(ApiError):
+            await self._host.client.set_flow_run_state(self.id, new_state("CANCELLING"), retries=0)
+        await self.stop(Reason.CANCELLED, "", grace)
 
     async def stop(self, reason: Reason, text: str, grace: float) -> None:
         """Write down why, then end its processes; asking again can only shorten the grace (seconds)."""
@@ -288,15 +298,11 @@ class Run:
 
     async def _report(self) -> None:
         """Put the final state on the server; wait for the server as long as the worker lives."""
-        if (
-            self.result is None and self.error is None and self.reason is None
-        ):  # our own task is being cancelled
+        if self.result is None and self.error is None and self.reason is None:  # our own task is being cancelled
             self.reason, self.reason_text = Reason.STOPPED, self.stopped_text
             self.reporting.deadline = min(self.reporting.deadline, anyio.current_time() + 10)
         if self.result is not None:
-            self.log.info(
-                "Flow run %r exited with status code %d", self.flow_run.name, self.result.status_code
-            )
+            self.log.info("Flow run %r exited with status code %d", self.flow_run.name, self.result.status_code)
         with self.reporting:
             transition_id = uuid4()
             try:
@@ -332,9 +338,7 @@ class Run:
         if answer.status != "ACCEPT":
             return (await client.read_flow_run_states(self.id))[-1]
         level = logging.INFO if proposal.type == "CANCELLED" else logging.ERROR
-        self.log.log(
-            level, "Reported flow run %r as %s: %s", self.flow_run.name, proposal.name, proposal.message
-        )
+        self.log.log(level, "Reported flow run %r as %s: %s", self.flow_run.name, proposal.name, proposal.message)
         if self.result is not None and self.result.tail and proposal.type == "CRASHED":
             self.log.error("The last lines of its output:\n%s", "\n".join(self.result.tail))
         return answer.state
@@ -342,8 +346,4 @@ class Run:
 
 def _details(state: State) -> dict[str, Any]:
     """What must survive when a state is replaced by force, a concurrency lease for one."""
-    return {
-        key: value
-        for key, value in state.state_details.items()
-        if value is not None and key != "transition_id"
-    }
+    return {key: value for key, value in state.state_details.items() if value is not None and key != "transition_id"}

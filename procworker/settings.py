@@ -12,7 +12,7 @@ import tempfile
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import unquote
 
 from pydantic import BaseModel, BeforeValidator, Field, SecretStr, ValidationError, field_validator
@@ -34,14 +34,12 @@ PACKAGED_PROFILES: dict[str, dict[str, Any]] = {
 RENAMED = {  # old spelling: the one that Prefect 3 prefers
     "PREFECT_LOCAL_STORAGE_PATH": "PREFECT_RESULTS_LOCAL_STORAGE_PATH",
     "PREFECT_LOGGING_SETTINGS_PATH": "PREFECT_LOGGING_CONFIG_PATH",
-    "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "PREFECT_SERVER_EPHEMERAL_ENABLED",
 }
 HEADERS = "PREFECT_CLIENT_CUSTOM_HEADERS"  # the one setting that is a table in toml
 EXPORTED = re.compile(r"PREFECT_(?!_|PROFILE$|PROFILES_PATH$)")
 SECRET = re.compile(r"SECRET|PASSW|(KEY|TOKEN|AUTH|AUTH_STRING|AUTHORIZATION|CREDENTIALS?|COOKIE)$", re.I)
 HTTP_URL = re.compile(r"https?://([^/\s]*@)?(\[[0-9a-f:.]+\]|[^/\s:@\[\]]+)(:\d+)?(/\S*)?", re.I)
 USER_INFO = re.compile(r"[^/@\s]*@")
-URL_PASSWORD = re.compile(r"://[^/\s:@]*:([^/\s]+)@")
 DOTENV_LINE = re.compile(
     r"""(?sm)^[ \t]*(?:(?:export[ \t]+)?(?P<key>[^=#\s'"]+)[ \t]*=(?:(?P<plain>(?![ \t]*['"])[^\n]*)"""
     r"""|[ \t]*(?P<quote>['"])(?P<quoted>(?:\\.|(?!(?P=quote))[^\\])*)(?P=quote)[ \t]*(?:#[^\n]*)?)"""
@@ -51,6 +49,7 @@ DOTENV_LINE = re.compile(
 Stripped = BeforeValidator(lambda value: value.strip() or None if isinstance(value, str) else value)
 Split = BeforeValidator(lambda value: value.split(",") if value and isinstance(value, str) else value or ())
 Decoded = BeforeValidator(lambda value: json.loads(value) if isinstance(value, str) else value)
+Upper = BeforeValidator(str.upper)
 Text = Annotated[str | None, Stripped]
 Secret = Annotated[SecretStr | None, Stripped]
 Count = Annotated[int, Field(ge=0)]
@@ -81,7 +80,7 @@ class Settings(BaseModel, frozen=True, hide_input_in_errors=True, validate_defau
     worker_webserver_host: str = "127.0.0.1"
     worker_webserver_port: int = Field(default=8080, ge=0, le=65535)
     debug_mode: bool = False
-    logging_level: str = Field(default="INFO", pattern="(?i)^(debug|info|warning|error|critical)$")
+    logging_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], Upper] = "INFO"
     logging_to_api_enabled: bool = True
     logging_to_api_batch_interval: Seconds = 2.0
     logging_to_api_batch_size: Count = 4_000_000
@@ -121,14 +120,13 @@ class Settings(BaseModel, frozen=True, hide_input_in_errors=True, validate_defau
         name, layer = _profile(place(path), env.get("PREFECT_PROFILE"), profile)
         layers.insert(0 if profile else len(layers), layer)
         found = ChainMap(*({new: v[old] for old, new in RENAMED.items() if old in v} | v for _, v in layers))
-        known: dict[str, Any] = {"api_ssl_cert_file": env.get("SSL_CERT_FILE"), "profile": name}
-        names = {f"PREFECT_{field.upper()}": field for field in cls.model_fields if field != "profile"}
-        known |= {names[name]: found[name] for name in names.keys() & found.keys()}
+        known: dict[str, Any] = {"api_ssl_cert_file": env.get("SSL_CERT_FILE")}
+        known |= {f: found[key] for f in cls.model_fields if (key := f"PREFECT_{f.upper()}") in found}
         known["home"] = place(known.get("home") or "~/.prefect")
         known["state_home"] = place(found.get("PROCWORKER_HOME") or default_state_home(env))
-        known["exported"] = {name: value for name, value in found.items() if EXPORTED.match(name)}
+        known["exported"] = {key: value for key, value in found.items() if EXPORTED.match(key)}
         try:
-            return cls(**known)
+            return cls(**known | {"profile": name})
         except ValidationError as error:
             raise ConfigurationError("; ".join(_explained(e, layers) for e in error.errors())) from None
 
@@ -138,13 +136,11 @@ class Settings(BaseModel, frozen=True, hide_input_in_errors=True, validate_defau
 
     def at_server(self, api_url: str, auth_string: str | None) -> Settings:
         """Return the same settings for another server, in what is exported too."""
-        other = {"PREFECT_API_URL": api_url} | (
-            {"PREFECT_API_AUTH_STRING": auth_string} if auth_string else {}
-        )
-        kept = {name: value for name, value in self.exported.items() if name != "PREFECT_API_KEY"}
-        secret = SecretStr(auth_string) if auth_string else None
-        changes = {"api_url": api_url, "api_auth_string": secret, "api_key": None, "exported": kept | other}
-        return self.model_copy(update=changes)
+        own = {"PREFECT_API_URL": api_url} | ({"PREFECT_API_AUTH_STRING": auth_string} if auth_string else {})
+        credentials = ("PREFECT_API_KEY", "PREFECT_API_AUTH_STRING")
+        exported = {name: value for name, value in self.exported.items() if name not in credentials} | own
+        changes = {"api_url": api_url, "api_auth_string": auth_string, "api_key": None, "ui_url": None}
+        return Settings(**dict(self) | changes | {"exported": exported})
 
     def secrets(self) -> frozenset[str]:
         """List every known value that no output may show."""
@@ -158,9 +154,8 @@ class Settings(BaseModel, frozen=True, hide_input_in_errors=True, validate_defau
         if url is None or HTTP_URL.fullmatch(url):
             return url and url.rstrip("/")
         meant = USER_INFO.sub("", url.rpartition("://")[2]).strip("/") or "127.0.0.1:4200"
-        raise ValueError(
-            f"not an http(s) URL; did you mean 'http://{meant}{'' if '/' in meant else '/api'}'?"
-        )
+        meant += "" if "/" in meant else "/api"
+        raise ValueError(f"not an http or https URL; did you mean 'http://{meant}'?")
 
     @field_validator("logging_level", "logging_to_api_max_log_size", "ui_url")
     @classmethod
@@ -168,7 +163,7 @@ class Settings(BaseModel, frozen=True, hide_input_in_errors=True, validate_defau
         """Apply what the settings declared before it mean for this one."""
         given = cls.model_construct(**info.data)
         if info.field_name == "logging_level":
-            return "DEBUG" if given.debug_mode else value.upper()
+            return "DEBUG" if given.debug_mode else value
         if info.field_name == "ui_url":
             page = USER_INFO.sub("", given.api_url or "").replace("://api.", "://app.", given.is_cloud)
             page = page.removesuffix("/api").replace("/api/", "/").replace("/accounts/", "/account/")
@@ -194,8 +189,7 @@ def default_state_home(env: Mapping[str, str], platform: str = sys.platform) -> 
 def _profile(path: Path, active: str | None, chosen: str | None) -> tuple[str, Layer]:
     """Return the name of the profile to use, and its source and values."""
     file = _read(path)
-    own = file.get("profiles")
-    profiles = PACKAGED_PROFILES | (own if isinstance(own, dict) else {})
+    profiles = PACKAGED_PROFILES | (file["profiles"] if isinstance(file.get("profiles"), dict) else {})
     name = str(chosen or active or file.get("active") or "ephemeral")
     if name not in profiles:
         problem = f"profile {name!r} is not in {path}; choose one of: {', '.join(sorted(profiles))}"
@@ -242,9 +236,10 @@ def _dotenv(path: Path) -> Iterator[tuple[str, str]]:
 def _explained(error: Any, layers: list[Layer]) -> str:
     name = f"PREFECT_{error['loc'][0]}".upper()
     source, values = next((row for row in layers if name in row[1]), ("default", {name: error["input"]}))
-    secret = SECRET.search(name) or name == HEADERS
-    shown = "" if secret else f" {USER_INFO.sub('***@', str(values[name]))!r:.80}"
-    return f"{name}{shown} ({source}): {error['msg'].removeprefix('Value error, ')}"
+    if name == HEADERS:  # they may be credentials
+        return f'{name} ({source}): not a JSON object of texts, such as {{"X-Name": "value"}}'
+    shown = USER_INFO.sub("***@", str(values[name]))[:80]
+    return f"{name} {shown!r} ({source}): {error['msg'].removeprefix('Value error, ')}"
 
 
 def secrets_in(environ: Mapping[str, str | None]) -> frozenset[str]:
@@ -252,7 +247,7 @@ def secrets_in(environ: Mapping[str, str | None]) -> frozenset[str]:
     found = set()
     for name, value in environ.items():
         passwords = [value, *value.split()[-1:]] if value and SECRET.search(name) else []  # "Bearer x", and x
-        passwords += URL_PASSWORD.findall(value or "")
+        passwords += re.findall(r"://[^/\s:@]*:([^/\s]+)@", value or "")
         found |= {text for password in passwords for text in (password, unquote(password))}
     # Masking shorter values would punch holes into innocent words.
     return frozenset(text for text in found if len(text) > 3 and text.lower() not in ("true", "false"))

@@ -52,9 +52,7 @@ class FlowRunFuture:
         except RuntimeError:
             self._final.result(timeout)
         else:
-            raise RuntimeError(
-                "wait() would block the event loop that runs the flow: use `await future.wait_async()`"
-            )
+            raise RuntimeError("wait() would block the event loop that runs the flow: use `await future.wait_async()`")
 
     async def wait_async(self, timeout: float | None = None) -> None:
         """Wait for the end for at most timeout seconds; raises TimeoutError."""
@@ -133,9 +131,7 @@ def flow_names(path: Path) -> dict[str, str]:
         tree = ast.parse(path.read_bytes(), str(path))
     except (SyntaxError, ValueError) as error:
         line = getattr(error, "lineno", None)
-        raise ConfigurationError(
-            f"{path}{f', line {line}' if line else ''}: {getattr(error, 'msg', error)}"
-        ) from error
+        raise ConfigurationError(f"{path}{f', line {line}' if line else ''}: {getattr(error, 'msg', error)}") from error
     names = {}
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -154,9 +150,7 @@ def flow_names(path: Path) -> dict[str, str]:
                 names.setdefault(bound, bound.replace("_", "-"))
             if isinstance(node, ast.ImportFrom):
                 for alias in node.names:
-                    names.setdefault(
-                        alias.asname or alias.name, (alias.asname or alias.name).replace("_", "-")
-                    )
+                    names.setdefault(alias.asname or alias.name, (alias.asname or alias.name).replace("_", "-"))
     return names
 
 

@@ -1,7 +1,7 @@
 """Fill `{{ name }}` and `<< name >>` placeholders in nested data.
 
-`{{ name }}` gives what Prefect gives. `<< name >>` is for places where braces are taken: a known name, `$X` and
-`prefect.*` give the same there, any other name stays. `<<! name >>` ends as a literal `<< name >>`.
+`{{ name }}` gives what Prefect gives. `<< name >>` is for places where braces are taken: a known name, `$X`
+or `prefect.*` gives the same there, any other name stays. `<<! name >>` ends as a literal `<< name >>`.
 
 Three stages, each one pass: `apply_values`, `resolve_block_document_references`, `resolve_variables`. What a
 stage puts in is read by the stages after it, never again by itself; escapes end in the last one.

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-IDLE_POLL_SECONDS, BUSY_POLL_SECONDS, BUSY_SECONDS = 10.0, 1.0, 30.0
+IDLE_POLL_SECONDS, BUSY_POLL_SECONDS, BUSY_SECONDS, SHORTEST_POLL_SECONDS = 10.0, 1.0, 30.0, 0.05
 CANCEL_POLL_SECONDS = 5.0
 HEALTH_INTERVALS = 30
 """A worker counts as polling while its last poll is at most this many intervals old (as in Prefect)."""
@@ -78,9 +78,7 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
         self._settings = settings or Settings.load()
         self.name = name or f"{type(self).__name__} {uuid4()}"
         self.limit = limit
-        self.heartbeat_interval_seconds = (
-            heartbeat_interval_seconds or self._settings.worker_heartbeat_seconds
-        )
+        self.heartbeat_interval_seconds = heartbeat_interval_seconds or self._settings.worker_heartbeat_seconds
         self.backend_id: UUID | None = None
         self.is_setup = False
         self.runs: dict[UUID, Run] = {}
@@ -108,9 +106,7 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
         self._started_event: dict[str, Any] | None = None
         self._poll_loop = Loop("Polling", self.get_and_submit_flow_runs, self._poll_seconds)
         heartbeat = Loop("The heartbeat", self.sync_with_backend, lambda: self.heartbeat_interval_seconds)
-        cancels = Loop(
-            "Looking for cancelled runs", self.check_for_cancelled_flow_runs, lambda: CANCEL_POLL_SECONDS
-        )
+        cancels = Loop("Looking for cancelled runs", self.check_for_cancelled_flow_runs, lambda: CANCEL_POLL_SECONDS)
         self._shift = Shift(self._poll_loop, [heartbeat, cancels], self.runs, self._moved)
 
     def __repr__(self) -> str:
@@ -285,9 +281,7 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
             pool = await client.read_work_pool(name, retries=0)
         except ObjectNotFound:
             if not self._create_pool_if_not_found:
-                self._logger.warning(
-                    "Work pool %r does not exist: create it, or choose another with --pool", name
-                )
+                self._logger.warning("Work pool %r does not exist: create it, or choose another with --pool", name)
                 return None
             pool = await client.create_work_pool(name, self.type, self._base_job_template)
             self._logger.info("Work pool %r created", name)
@@ -325,7 +319,7 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
 
     def _poll_seconds(self) -> float:
         if self._settings.worker_query_seconds is not None:
-            return self._settings.worker_query_seconds
+            return max(self._settings.worker_query_seconds, SHORTEST_POLL_SECONDS)
         busy = anyio.current_time() - self._active_at < BUSY_SECONDS
         return BUSY_POLL_SECONDS if busy else IDLE_POLL_SECONDS
 
@@ -422,9 +416,7 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
         """Ask once about all runs at hand, and end those that somebody wants cancelled."""
         ids = [run.id for run in self.runs.values() if run.claimed and run.reason is None]
         if ids:
-            for flow_run in await self.client.read_flow_runs_by_state(
-                ids, ["CANCELLING", "CANCELLED"], retries=0
-            ):
+            for flow_run in await self.client.read_flow_runs_by_state(ids, ["CANCELLING", "CANCELLED"], retries=0):
                 self._in_background(self.cancel_run, flow_run)
 
     async def cancel_run(self, flow_run: FlowRun) -> None:
@@ -434,6 +426,11 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
             self._logger.info("Flow run %r does not run on this worker", flow_run.name)
         else:
             await run.stop(Reason.CANCELLED, "", CANCEL_GRACE_SECONDS)
+
+    def cancel_all(self, grace: float = CANCEL_GRACE_SECONDS) -> None:
+        """Cancel every run at hand on our own account; asked again, the grace (seconds) can only get shorter."""
+        for run in self.runs.values():
+            self._in_background(run.cancel, grace)
 
     # Events
 

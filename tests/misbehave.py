@@ -2,7 +2,7 @@
 
     python misbehave.py MODE [ARGUMENT]
 
-Each mode says `READY <pid> <pgid> <sid>` once it misbehaves; modes with descendants then say `CHILD <pid>` for each.
+Each mode says `CHILD <pid>` for every descendant and `READY <pid> <pgid> <sid>` once it misbehaves.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def wait(seconds: float = FOREVER) -> None:
 
 def start(command: list[str], **how: object) -> subprocess.Popen[bytes]:
     """Start a descendant and name it."""
-    child = subprocess.Popen(command, **how)  # type: ignore[call-overload]
+    child = subprocess.Popen(command, **how)
     say("CHILD", child.pid)
     return child
 
@@ -67,7 +67,8 @@ def exit(code: str = "0") -> None:
 def die(number: str = "9") -> None:
     """End by this signal."""
     ready()
-    signal.signal(int(number), signal.SIG_DFL) if int(number) not in (signal.SIGKILL, signal.SIGSTOP) else None
+    if int(number) not in (signal.SIGKILL, signal.SIGSTOP):
+        signal.signal(int(number), signal.SIG_DFL)
     os.kill(os.getpid(), int(number))
     wait()
 
@@ -156,7 +157,8 @@ def keep_stdout(code: str = "0") -> None:
 @mode
 def nohup() -> None:
     """Leave a background child that ignores HUP and TERM; end with 0."""
-    code = f"import signal, time; signal.signal(15, signal.SIG_IGN); print('DEAF', flush=True); time.sleep({FOREVER})"
+    deaf = "signal.signal(15, signal.SIG_IGN); print('DEAF', flush=True)"
+    code = f"import signal, time; {deaf}; time.sleep({FOREVER})"
     child = start(["nohup", sys.executable, "-S", "-E", "-c", code], stdout=subprocess.PIPE)
     assert child.stdout
     child.stdout.readline()
@@ -250,8 +252,9 @@ def truncate_output() -> None:
 
 def _daemonize(**how: object) -> None:
     """Start a sleeper through a parent that ends at once; when this returns, init has adopted it."""
-    code = f"import subprocess, sys; p = subprocess.Popen({SLEEP!r}, start_new_session=True); print('CHILD', p.pid)"
-    subprocess.run([sys.executable, "-S", "-E", "-c", code], check=True, **how)  # type: ignore[call-overload]
+    popen = f"subprocess.Popen({SLEEP!r}, start_new_session=True)"
+    code = f"import subprocess; print('CHILD', {popen}.pid)"
+    subprocess.run([sys.executable, "-S", "-E", "-c", code], check=True, **how)
 
 
 def _write(data: bytes) -> None:

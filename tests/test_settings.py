@@ -122,7 +122,7 @@ def test_an_empty_environment_gives_the_defaults(load: Load, home: Path) -> None
     assert settings == Settings(
         home=home / ".prefect",
         state_home=home / ".local/state/procworker",
-        exported={"PREFECT_SERVER_EPHEMERAL_ENABLED": "true", **{}},
+        exported={"PREFECT_SERVER_EPHEMERAL_ENABLED": "true"},
     )
     assert (settings.api_url, settings.api_request_timeout, settings.client_max_retries) == (None, 60, 5)
     assert (settings.worker_heartbeat_seconds, settings.worker_prefetch_seconds) == (30, 10)
@@ -148,7 +148,8 @@ def test_without_arguments_the_process_itself_is_read(
 
 def test_toml_tables_become_prefixes_and_values_become_text(load: Load, cwd: Path) -> None:
     (cwd / "prefect.toml").write_text(
-        'debug_mode = false\n[client]\nretry_extra_codes = [504, 418]\n[client.custom_headers]\nX-Team = "a b"\n'
+        "debug_mode = false\n[client]\nretry_extra_codes = [504, 418]\n"
+        '[client.custom_headers]\nX-Team = "a b"\n'
         '[logging]\nlog_prints = true\n[logging.to_api]\nbatch_interval = 0.5\n[made.up]\nname = "x"\n'
         "[tasks]\ndefault_retry_delay_seconds = [10, 1]\n"
     )
@@ -603,3 +604,20 @@ def test_no_secret_is_shown(load: Load, cwd: Path) -> None:
     assert "http://host:4200/api" in text
     assert "canary" not in text
     assert "canary" not in message(load, PREFECT_CLIENT_CUSTOM_HEADERS='{"X": {"canary": 1}}')
+
+
+def test_settings_for_another_server_forget_the_credentials_of_this_one(load: Load) -> None:
+    mine = {"PREFECT_API_KEY": "pnu_1", "PREFECT_API_AUTH_STRING": "me:mine", "PREFECT_UNKNOWN": "1"}
+    settings = load("cloud", PREFECT_API_URL=CLOUD, **mine)
+
+    local = settings.at_server("http://127.0.0.1:1/api", "admin:word")
+    assert (local.api_url, local.api_key, local.is_cloud) == ("http://127.0.0.1:1/api", None, False)
+    assert local.ui_url == "http://127.0.0.1:1"
+    assert local.exported == {
+        "PREFECT_API_URL": "http://127.0.0.1:1/api",
+        "PREFECT_API_AUTH_STRING": "admin:word",
+        "PREFECT_UNKNOWN": "1",
+    }
+    open_server = settings.at_server("http://127.0.0.1:1/api", None)
+    assert open_server.secrets() == frozenset()
+    assert "PREFECT_API_AUTH_STRING" not in open_server.exported

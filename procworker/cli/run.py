@@ -22,9 +22,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add(
-        "target", metavar="TARGET", help="file.py:flow, package.module:flow, flow/deployment or a flow run id"
-    )
+    add("target", metavar="TARGET", help="file.py:flow, package.module:flow, flow/deployment or a flow run id")
     add(
         "-p",
         "--param",
@@ -80,23 +78,19 @@ async def _run(settings: Settings, arguments: argparse.Namespace) -> int:
         return await _follow(settings, arguments, kind, parameters)
 
 
-async def _follow(
-    settings: Settings, arguments: argparse.Namespace, kind: str, parameters: dict[str, Any]
-) -> int:
+async def _follow(settings: Settings, arguments: argparse.Namespace, kind: str, parameters: dict[str, Any]) -> int:
     """Run the target on a worker of its own, which has no pool, and print how it went."""
     import time
 
     from procworker.cli.common import signals_counted
     from procworker.cli.receipt import children_cpu_seconds, receipt
-    from procworker.outcome import Reason
     from procworker.process import ProcessWorker
 
     template = await _template(settings, kind, arguments.target)
     worker = ProcessWorker(None, python=arguments.python, settings=settings, base_job_template=template)
 
     def interrupt(number: int) -> None:
-        for run in worker.runs.values():
-            worker._in_background(run.stop, Reason.CANCELLED, "", 30.0 if len(received) < 2 else 0.0)
+        worker.cancel_all(30.0 if len(received) < 2 else 0.0)
 
     async with worker, signals_counted(interrupt) as received:
         began, cpu = time.monotonic(), children_cpu_seconds()
@@ -162,9 +156,7 @@ async def _template(settings: Settings, kind: str, target: str) -> dict[str, Any
     async with Client(settings) as client:
         try:
             found = await (
-                client.read_deployment_by_name(target)
-                if kind == "deployment"
-                else client.read_flow_run(UUID(target))
+                client.read_deployment_by_name(target) if kind == "deployment" else client.read_flow_run(UUID(target))
             )
         except ObjectNotFound:
             raise ConfigurationError(f"the server has no {kind} {target!r}") from None

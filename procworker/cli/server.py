@@ -30,9 +30,7 @@ def execute(arguments: argparse.Namespace) -> int:
         return 0
     verb = "stopped" if arguments.action == "stop" else "running"
     for server in servers:
-        print(
-            f"Prefect {server['version']} {verb} at {server['url']} (pid {server['pid']}, {server['database']})"
-        )
+        print(f"Prefect {server['version']} {verb} at {server['url']} (pid {server['pid']}, {server['database']})")
     if not servers:
         print("No embedded server is running.")
     return 0

@@ -137,11 +137,11 @@ def keep(directory: Path, python: str) -> None:
 def watch(server: subprocess.Popen[bytes], directory: Path, stop: Event) -> None:
     """Wait until the server ends, a signal comes, or nobody has used it for as long as users asked."""
     lease = private_file(directory / "lease")
-    end = time.monotonic()
+    used = time.monotonic()
     while server.poll() is None and not stop.wait(TICK_SECONDS):
         if not lock(lease, exclusive=True):
-            end = time.monotonic() + kept_for(lease)
-        elif time.monotonic() >= end:
+            used = time.monotonic()
+        elif time.monotonic() >= used + kept_for(lease):
             return  # with the lease in hand: whoever comes now waits until this process is gone
         else:
             fcntl.flock(lease, fcntl.LOCK_UN)

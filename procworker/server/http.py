@@ -181,7 +181,7 @@ class Http:
     def _read(self, route: str, answer: Answer, parse: Callable[[bytes], Any]) -> Any:
         """Return the parsed body of a good answer; raise what any other answer means."""
         good = 200 <= answer.status < 300
-        text = f"{route}: {answer.status} {answer.reason}"
+        text = f"{route}: {answer.status} {answer.reason}".rstrip()
         if good:
             try:
                 return parse(answer.body)

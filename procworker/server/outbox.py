@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 JSON = dict[str, Any]
+Item = tuple[JSON, int]  # with its size in bytes
 
 ROOM = 8 * 1024 * 1024
 LARGEST_EVENT = 1_500_000  # bytes; the server refuses more
@@ -44,16 +45,18 @@ class Outbox:
         self._events = _Queue("events", client.create_events, size, wait)
 
     async def __aenter__(self) -> Self:
-        self._closing = anyio.Event()
         self._tasks = await anyio.create_task_group().__aenter__()
-        for queue in (self._logs, self._events):
-            self._tasks.start_soon(queue.deliver, self._closing, name=f"deliver {queue.what}")
+        self._closing = anyio.Event()
+        # Shielded, so that the last words of whoever is being cancelled still go out.
+        self._scopes = [anyio.CancelScope(shield=True) for _ in range(2)]
+        for queue, scope in zip((self._logs, self._events), self._scopes, strict=True):
+            self._tasks.start_soon(queue.deliver, self._closing, scope)
         return self
 
     async def __aexit__(self, *error: object) -> None:
         """Deliver what is left, for a few seconds at most, even while being cancelled."""
-        scope = self._tasks.cancel_scope
-        scope.shield, scope.deadline = True, anyio.current_time() + DRAIN_SECONDS
+        for scope in (*self._scopes, self._tasks.cancel_scope):
+            scope.shield, scope.deadline = True, anyio.current_time() + DRAIN_SECONDS
         self._closing.set()
         await self._tasks.__aexit__(None, None, None)
 
@@ -64,73 +67,75 @@ class Outbox:
         if self._settings.logging_to_api_enabled and (record.get("flow_run_id") or "worker_id" in record):
             message = mask(str(record["message"]), self._secrets).replace("\0", "")
             record = _fitted({**record, "message": message}, self._largest)
-            self._logs.put(record, _size(record))
+            self._logs.add([(record, _size(record))])
 
     def event(self, event: JSON) -> None:
         """Send an event made by events.event()."""
         if (size := _size(event)) <= LARGEST_EVENT:
-            self._events.put(event, size)
+            self._events.add([(event, size)])
 
 
 class _Queue:
     """What waits to be sent, oldest first; one batch at a time is under way."""
 
     def __init__(self, what: str, send: Callable[..., Awaitable[None]], batch_size: int, wait: float) -> None:
-        self.what = what
-        self._send, self._batch_size, self._wait = send, batch_size, wait
-        self._items: deque[tuple[JSON, int]] = deque()
+        self._what, self._send, self._batch_size, self._wait = what, send, batch_size, wait
+        self._items: deque[Item] = deque()
         self._size = 0
         self._lock = Lock()
         self._said: set[str] = set()
 
-    def put(self, item: JSON, size: int) -> None:
-        """Append an item; without room for it the oldest go."""
-        self._add([(item, size)], self._items.extend)
+    def add(self, items: list[Item], back: bool = False) -> None:
+        """Append items, or put them back where they were; without room the oldest go."""
+        with self._lock:
+            self._items.extendleft(items[::-1]) if back else self._items.extend(items)
+            self._size += sum(size for _, size in items)
+            full = self._size > ROOM
+            while self._size > ROOM:
+                self._size -= self._items.popleft()[1]
+        if full:
+            self._say("%s come faster than the server takes them; the oldest are dropped", self._what)
 
     async def deliver(self, closing: anyio.Event) -> None:
         """Send everything every few seconds, less often while that fails, and a last time when closing."""
         wait, last = self._wait, False
-        while not last:
-            with anyio.move_on_after(wait):
-                await closing.wait()
-            last = closing.is_set()
-            wait = self._wait if await self._send_all() else min(2 * wait, LONGEST_WAIT)
+        try:
+            while not last:
+                with anyio.move_on_after(wait):
+                    await closing.wait()
+                last = closing.is_set()
+                wait = self._wait if await self._send_all() else min(2 * wait, LONGEST_WAIT)
+        finally:
+            if self._items:
+                logger.warning("%d %s could not be delivered", len(self._items), self._what)
 
     async def _send_all(self) -> bool:
         """Send batch after batch; False if nobody takes them, and then they wait."""
         while batch := self._take():
             try:
                 await self._send([item for item, _ in batch], retries=1)
-            except (Unreachable, Unauthorized) as error:
-                self._add(batch[::-1], self._items.extendleft)
-                self._say("%s have to wait: %s", self.what, error)
-                return False
-            except Exception as error:
-                self._say("%s are lost: %s", self.what, error)
-            else:
                 self._said.clear()
+            except (Unreachable, Unauthorized) as error:
+                self.add(batch, back=True)
+                self._say("%s have to wait: %s", self._what, error)
+                return False
+            except anyio.get_cancelled_exc_class():
+                self.add(batch, back=True)
+                raise
+            except Exception as error:
+                self._say("%s are lost: %s", self._what, error)
         return True
 
-    def _take(self) -> list[tuple[JSON, int]]:
+    def _take(self) -> list[Item]:
         """Take out one item, and more while they fit into one batch."""
-        batch: list[tuple[JSON, int]] = []
-        total = 0
+        batch: list[Item] = []
+        room = self._batch_size
         with self._lock:
-            while self._items and (not batch or total + self._items[0][1] <= self._batch_size):
+            while self._items and (not batch or self._items[0][1] <= room):
                 batch.append(self._items.popleft())
-                total += batch[-1][1]
-            self._size -= total
+                room -= batch[-1][1]
+                self._size -= batch[-1][1]
         return batch
-
-    def _add(self, items: list[tuple[JSON, int]], extend: Callable[[list[tuple[JSON, int]]], None]) -> None:
-        with self._lock:
-            extend(items)
-            self._size += sum(size for _, size in items)
-            full = self._size > ROOM
-            while self._size > ROOM:
-                self._size -= self._items.popleft()[1]
-        if full:
-            self._say("%s come faster than the server takes them; the oldest are dropped", self.what)
 
     def _say(self, text: str, *values: object) -> None:
         """Warn, but only once until things are well again."""
@@ -148,6 +153,6 @@ def _fitted(record: JSON, largest: int) -> JSON:
     text, room = record["message"], largest - _size({**record, "message": ""})
     if len(text) <= room and _size(text) - 2 <= room:
         return record
-    head, room = text[:room], room - len(TRUNCATED)
-    end = bisect_right(range(1, len(head) + 1), room, key=lambda length: _size(head[:length]) - 2)
-    return {**record, "message": head[:end] + TRUNCATED}
+    room = max(room - len(TRUNCATED), 0)
+    end = bisect_right(range(1, min(len(text), room) + 1), room, key=lambda length: _size(text[:length]) - 2)
+    return {**record, "message": text[:end] + TRUNCATED}

@@ -56,9 +56,7 @@ def join_command(argv: Sequence[str]) -> str:
     return subprocess.list2cmdline(argv) if os.name == "nt" else shlex.join(argv)
 
 
-async def spawn(
-    argv: Sequence[str], *, cwd: Path, env: Mapping[str, str], stdout: Path, stderr: Path
-) -> Child:
+async def spawn(argv: Sequence[str], *, cwd: Path, env: Mapping[str, str], stdout: Path, stderr: Path) -> Child:
     """Start argv with empty stdin and its output appended to two private files.
 
     Raises SpawnError with a sentence that says what is wrong.
@@ -68,9 +66,7 @@ async def spawn(
         raise SpawnError(f"The working directory {str(cwd)!r} {what}.")
     for name, value in env.items():
         if not name or "=" in name or "\0" in name + value:
-            raise SpawnError(
-                f"The environment variable {name!r} has a character that no environment can hold."
-            )
+            raise SpawnError(f"The environment variable {name!r} has a character that no environment can hold.")
     out = err = -1
     try:
         out, err = _open_private(stdout), _open_private(stderr)
@@ -104,9 +100,7 @@ def _explain(error: Exception, argv: Sequence[str], env: Mapping[str, str]) -> s
     code = getattr(error, "errno", None)
     if code == errno.E2BIG:
         largest = sorted(env, key=lambda name: -len(env[name]))[:5]
-        return (
-            f"The environment or the command is too large for this system; the largest variables: {largest}."
-        )
+        return f"The environment or the command is too large for this system; the largest variables: {largest}."
     if code == errno.ENOENT:
         return f"The command {argv[0]!r} was not found; check `command`, `python` and PATH."
     if code in (errno.EACCES, errno.ENOEXEC):
@@ -152,9 +146,7 @@ _MEANINGS = {
     126: ExitMeaning("The command is not executable.", "Check the permissions of the command."),
     127: ExitMeaning("The command was not found.", "Check PATH and whether the command is installed."),
     137: ExitMeaning("It was killed, most likely because memory ran out.", "Give it more memory."),
-    143: ExitMeaning(
-        "It was ended by SIGTERM inside a wrapper.", "Look at what stops processes on this host."
-    ),
+    143: ExitMeaning("It was ended by SIGTERM inside a wrapper.", "Look at what stops processes on this host."),
     247: ExitMeaning("It was ended for its memory use.", "Give it more memory, or profile it."),
     0xC000013A: ExitMeaning("It was ended by Ctrl-C or Ctrl-Break.", "Start it again if that was not meant."),
 }

@@ -19,7 +19,9 @@ if importlib.util.find_spec("prefect") is None: sys.exit(3)
 from importlib.metadata import version
 print(version("prefect"))
 """
-NO_PREFECT = "pip install 'procworker[prefect]', or name a Python that has Prefect with --python or the job variable `python`"
+NO_PREFECT = (
+    "pip install 'procworker[prefect]', or name a Python that has Prefect with --python or the job variable `python`"
+)
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,7 @@ def locate(python: str) -> str:
         candidates = [path / "bin" / "python", path / "Scripts" / "python.exe"]
         found = next((str(candidate) for candidate in candidates if candidate.exists()), None)
         if found is None:
-            raise ConfigurationError(
-                f"python {python!r} is a directory without bin/python: not a virtual environment"
-            )
+            raise ConfigurationError(f"python {python!r} is a directory without bin/python: not a virtual environment")
     else:
         found = shutil.which(str(path))
         if found is None:
