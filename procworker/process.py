@@ -29,6 +29,7 @@ from procworker.worker import BaseWorker
 
 SETTLE_SECONDS, LEFTOVER_GRACE_SECONDS = 0.5, 5.0
 """How long what a flow leaves behind may take to end by itself, and then after SIGTERM."""
+TAIL_WIDTH = 2000
 
 
 class ProcessJobConfiguration(BaseJobConfiguration):
@@ -165,6 +166,8 @@ class ProcessWorker(BaseWorker[ProcessJobConfiguration, ProcessVariables, Proces
             # The worker is being torn down: what it started goes with it. KILL_SECONDS bounds this.
             with anyio.CancelScope(shield=True):
                 await family.end(0.0)
+                if child.identity not in family.survivors:
+                    await child.wait()  # no zombie is left to a loop that closes next
             raise
         finally:
             del self._families[str(child.pid)]
@@ -173,7 +176,7 @@ class ProcessWorker(BaseWorker[ProcessJobConfiguration, ProcessVariables, Proces
         remarks = [explain_exit(code).text, explain_exit(code).hint] if code else []
         if family.survivors:
             remarks.append(f"Could not be killed: {', '.join(map(describe, family.survivors))}.")
-        tail = [mask(line) for line in follower.tail]
+        tail = [mask(line)[:TAIL_WIDTH] for line in follower.tail]
         return ProcessWorkerResult(identifier=str(child.pid), status_code=code, remarks=remarks, tail=tail)
 
     def _print(self, name: str, mask: Mask, stream: str, line: str) -> None:
@@ -201,7 +204,7 @@ class ProcessWorker(BaseWorker[ProcessJobConfiguration, ProcessVariables, Proces
 @contextmanager
 def _working_directory(given: Path | None) -> Iterator[Path]:
     if given is not None:
-        yield given.expanduser()
+        yield Path(os.path.expanduser(given))
         return
     with tempfile.TemporaryDirectory(prefix="procworker-", ignore_cleanup_errors=True) as path:
         yield Path(path)

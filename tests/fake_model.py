@@ -158,8 +158,8 @@ class Run(Item):
         self.next_scheduled_start_time = state.scheduled_time if state.type == "SCHEDULED" else None
         self.expected_start_time = self.expected_start_time or state.scheduled_time or state.timestamp
         self.end_time = state.timestamp if state.type in FINAL else None
-        if state.type == "RUNNING":
-            self.run_count += 1
+        self.run_count += state.type == "RUNNING"
+        if state.type == "RUNNING" or state.type in FINAL:
             self.start_time = self.start_time or state.timestamp
         self.states.append(state)
         return state
@@ -213,6 +213,8 @@ def orchestrate(run: Run, new: State, old_server: bool) -> Verdict:
         renamed = current.type == "PENDING" and new.name not in ("Pending", current.name)
         if old_server or not renamed:
             return Verdict("ABORT", reason=f"A run that is {current.type} cannot become PENDING.")
+    if change == ("PAUSED", "PENDING") or (new.type == "PAUSED" and current.type != "RUNNING"):
+        return Verdict("REJECT", reason=f"A run that is {current.type} cannot become {new.type}.")
     if new.type == "PENDING" and current.scheduled_time and not new.scheduled_time:
         new.state_details["scheduled_time"] = current.state_details["scheduled_time"]
     if new.type == "RUNNING" and current.type in ("SCHEDULED", "PENDING") and current.scheduled_time:

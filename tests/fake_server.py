@@ -338,9 +338,9 @@ class FakeServer(FakeHttp, Model):
             details["reason"] = verdict.reason
         if verdict.status == "WAIT":
             details["delay_seconds"] = verdict.delay
-        shown = vars(run.state) if verdict.status in ("ACCEPT", "REJECT") else None
         written = len(run.states) > before
-        return 201 if written else 200, {"state": shown, "status": verdict.status, "details": details}
+        answer = {"state": vars(run.state), "status": verdict.status, "details": details}
+        return 201 if written else 200, answer
 
     @route("POST", "/flow_runs/filter")
     def _filter_runs(self, request: Request) -> Answer:

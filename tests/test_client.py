@@ -55,9 +55,7 @@ async def test_a_pool_is_created_filled_and_read(server: FakeServer, client: Cli
     assert server.seen("POST", "^/work_pools")[0].json == {"name": "p", "type": "process"}
 
 
-async def test_a_pool_that_somebody_else_created_meanwhile_is_read(
-    server: FakeServer, client: Client
-) -> None:
+async def test_a_pool_that_somebody_else_created_meanwhile_is_read(server: FakeServer, client: Client) -> None:
     theirs = server.add_pool("p", type="docker")
     pool = await client.create_work_pool("p", "process", TEMPLATE)
     assert (pool.id, pool.type) == (theirs.id, "docker")
@@ -117,6 +115,9 @@ async def test_cloud_may_refuse_to_tell_the_id() -> None:
         server.fault("POST", "heartbeat", status=422)
         assert await client.send_worker_heartbeat("p", "w", 30, get_worker_id=True) is None
         assert server.workers["p", "w"]["heartbeats"] == 1
+        server.fault("POST", "heartbeat", body="<html>", times=2)
+        with pytest.raises(Unreachable):
+            await client.send_worker_heartbeat("p", "w", 30, get_worker_id=True)
         server.fault("POST", "heartbeat", status=404)
         with pytest.raises(ObjectNotFound):
             await client.send_worker_heartbeat("p", "w", 30, get_worker_id=True)
@@ -167,9 +168,7 @@ async def test_runs_are_asked_for_by_state_in_portions(server: FakeServer, clien
     assert len(server.seen("POST", "filter")) == 2
 
 
-async def test_a_proposal_is_sent_identically_and_can_be_found_again(
-    server: FakeServer, client: Client
-) -> None:
+async def test_a_proposal_is_sent_identically_and_can_be_found_again(server: FakeServer, client: Client) -> None:
     run, transition_id = server.schedule(), uuid4()
     server.fault("POST", "set_state", commit=True)
     answer = await client.set_flow_run_state(run, new_state("PENDING", transition_id=transition_id))
@@ -193,9 +192,7 @@ async def test_states_come_oldest_first_whatever_the_server_does(server: FakeSer
     assert [state.type for state in await client.read_flow_run_states(uuid4())] == ["0", "A", "B"]
 
 
-async def test_a_forced_state_is_forced_and_a_deleted_run_is_not_found(
-    server: FakeServer, client: Client
-) -> None:
+async def test_a_forced_state_is_forced_and_a_deleted_run_is_not_found(server: FakeServer, client: Client) -> None:
     run = server.schedule()
     server.set_state(run, "COMPLETED")
     assert (await client.set_flow_run_state(run, new_state("CRASHED"))).status == "ABORT"
@@ -275,9 +272,7 @@ async def test_a_deployments_variables_are_found_under_either_name(version: str)
         assert (await client.read_deployment(id)).job_variables == {"command": "x"}
 
 
-@pytest.mark.parametrize(
-    "variables", [{}, {"job_variables": None}, {"job_variables": {}, "infra_overrides": None}]
-)
+@pytest.mark.parametrize("variables", [{}, {"job_variables": None}, {"job_variables": {}, "infra_overrides": None}])
 def test_a_deployment_may_have_no_variables(variables: dict[str, Any]) -> None:
     assert Deployment.model_validate({"id": uuid4(), **variables}).job_variables == {}
 
@@ -302,9 +297,7 @@ async def test_a_missing_variable_is_none(server: FakeServer, client: Client) ->
 # The server itself, logs and events
 
 
-async def test_the_version_is_told_unless_the_server_has_no_such_route(
-    server: FakeServer, client: Client
-) -> None:
+async def test_the_version_is_told_unless_the_server_has_no_such_route(server: FakeServer, client: Client) -> None:
     assert await client.api_version() == "3.8.8"
     server.fault("GET", "version", status=404)
     assert await client.api_version() is None
@@ -400,9 +393,7 @@ def test_what_is_unknown_is_kept_and_what_is_null_is_the_default() -> None:
         ("PENDING", "Submitting", False, False),
     ],
 )
-def test_states_tell_whether_they_are_final(
-    type: str, name: str | None, final: bool, cancelling: bool
-) -> None:
+def test_states_tell_whether_they_are_final(type: str, name: str | None, final: bool, cancelling: bool) -> None:
     state = State(type=type, name=name)
     assert (state.is_final(), state.is_cancelling()) == (final, cancelling)
 

@@ -80,9 +80,7 @@ def test_a_deployment_tells_its_version_as_far_as_the_server_does() -> None:
     deployment = Deployment.model_validate({"id": uuid4(), "name": "d", **told})
     label = events.related({"deployment": deployment})[0]
     assert {
-        key.removeprefix("prefect.deployment."): value
-        for key, value in label.items()
-        if "resource" not in key
+        key.removeprefix("prefect.deployment."): value for key, value in label.items() if "resource" not in key
     } == {
         "branch": "main",
         "base": "prefect.deployment.b1",

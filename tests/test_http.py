@@ -138,9 +138,7 @@ async def test_our_name_and_the_csrf_headers_cannot_be_customised(
     ]
 
 
-@pytest.mark.parametrize(
-    "values", [{"api_key": "se\ncret"}, {"client_custom_headers": '{"X": "se\\u00e9cret"}'}]
-)
+@pytest.mark.parametrize("values", [{"api_key": "se\ncret"}, {"client_custom_headers": '{"X": "se\\u00e9cret"}'}])
 async def test_a_value_that_http_forbids_is_a_configuration_error_that_does_not_show_it(
     values: dict[str, str],
 ) -> None:
@@ -458,9 +456,7 @@ async def test_redirects_that_do_not_end_are_unreachable(server: FakeServer) -> 
     assert fault.count == 5
 
 
-async def test_a_proxy_from_the_environment_is_used(
-    server: FakeServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_proxy_from_the_environment_is_used(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", server.url.removesuffix("/api"))
     monkeypatch.setenv("no_proxy", "elsewhere.test")
     async with talking("http://prefect.test/api") as http:
@@ -522,9 +518,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not shutil.which("openssl"):
         pytest.skip("needs openssl")
     place = tmp_path_factory.mktemp("tls")
-    command = (
-        "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=test"
-    )
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=test"
     files = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", "key.pem", "-out", "cert.pem"]
     subprocess.run([*command.split(), *files], cwd=place, check=True, capture_output=True)
     both = place / "both.pem"
@@ -566,9 +560,7 @@ async def test_a_redirect_from_plain_http_is_verified_too(
 
 
 async def test_a_missing_ca_file_is_a_configuration_error() -> None:
-    with pytest.raises(
-        ConfigurationError, match=r"PREFECT_API_SSL_CERT_FILE /nowhere/ca\.pem cannot be used"
-    ):
+    with pytest.raises(ConfigurationError, match=r"PREFECT_API_SSL_CERT_FILE /nowhere/ca\.pem cannot be used"):
         async with talking("https://127.0.0.1:1/api", api_ssl_cert_file="/nowhere/ca.pem"):
             ...
 

@@ -136,9 +136,7 @@ def seen(home: Path, version: str = "3.9.9") -> Any:
 
 
 async def start_user(home: Path, keep_seconds: float) -> anyio.abc.Process:
-    process = await anyio.open_process(
-        [sys.executable, "-c", USER, str(home), str(keep_seconds)], stderr=None
-    )
+    process = await anyio.open_process([sys.executable, "-c", USER, str(home), str(keep_seconds)], stderr=None)
     assert process.stdout
     await process.stdout.receive()
     return process
@@ -177,9 +175,7 @@ async def test_a_server_is_healthy_while_it_is_used_and_gone_afterwards(home: Pa
     assert server_status(home) == []
 
 
-async def test_a_server_sees_nothing_of_its_users_settings(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_server_sees_nothing_of_its_users_settings(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT_API_URL", "http://elsewhere/api")
     monkeypatch.setenv("PREFECT_API_KEY", "secret")
     monkeypatch.setenv("PROCWORKER_HOME", "elsewhere")
@@ -197,10 +193,7 @@ async def test_the_password_is_known_to_users_and_to_nobody_else(home: Path) -> 
     async with use(home) as server, use(home) as again:
         modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (home / "servers/3.9.9").iterdir()}
         commands = [
-            " ".join(psutil.Process(row[key]).cmdline())
-            for row in server_status(home)
-            for key in row
-            if "pid" in key
+            " ".join(psutil.Process(row[key]).cmdline()) for row in server_status(home) for key in row if "pid" in key
         ]
 
     assert server.auth_string
@@ -212,9 +205,7 @@ async def test_the_password_is_known_to_users_and_to_nobody_else(home: Path) -> 
     assert stat.S_IMODE((home / "servers/3.9.9").stat().st_mode) == 0o700
 
 
-@pytest.mark.parametrize(
-    ("version", "has_password"), [("2.20.26", False), ("3.1.9", False), ("3.1.10", True)]
-)
+@pytest.mark.parametrize(("version", "has_password"), [("2.20.26", False), ("3.1.9", False), ("3.1.10", True)])
 async def test_a_version_gets_its_own_database_and_the_password_it_can_ask_for(
     home: Path, fake_prefect: Callable[[str], None], version: str, has_password: bool
 ) -> None:
@@ -269,9 +260,7 @@ async def test_a_kept_server_ends_when_its_time_is_over(home: Path) -> None:
     await wait_until(lambda: is_gone(server.pid, row["keeper_pid"]))
 
 
-async def test_who_comes_while_a_server_ends_gets_a_new_one(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_who_comes_while_a_server_ends_gets_a_new_one(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_SERVER", "slow to end")
     first = await start_user(home, 0.01)
     [row] = server_status(home)
@@ -334,6 +323,8 @@ async def test_a_server_that_its_keeper_left_behind_is_ended_by_the_next_user(
     async with use(home, keep_seconds=60) as server:
         [row] = server_status(home)
         os.kill(server.pid, signal.SIGSTOP)
+        tasks = list(Path(f"/proc/{server.pid}/task").iterdir())
+        await wait_until(lambda: all("T (stopped)" in (task / "status").read_text() for task in tasks))
         os.kill(row["keeper_pid"], signal.SIGKILL)
         await wait_until(lambda: is_gone(row["keeper_pid"]))
         [left] = server_status(home)
@@ -441,16 +432,12 @@ async def test_half_a_database_of_a_killed_first_start_is_thrown_away(home: Path
 async def test_an_unusable_home_is_named_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
 
-    with pytest.raises(
-        ConfigurationError, match=r"The server cannot use .*/file/servers/3.9.9: Not a directory"
-    ):
+    with pytest.raises(ConfigurationError, match=r"The server cannot use .*/file/servers/3.9.9: Not a directory"):
         async with use(tmp_path / "file"):
             pass
 
 
-async def test_a_full_disk_is_named_before_anything_starts(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_full_disk_is_named_before_anything_starts(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("procworker.local.server.FREE_MIB", 1 << 40)
 
     with pytest.raises(ConfigurationError, match=r"less than .* MiB free on its disk"):
@@ -461,21 +448,15 @@ async def test_a_full_disk_is_named_before_anything_starts(
 def test_an_interpreter_without_prefect_is_answered_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYTHONPATH")
 
-    with pytest.raises(
-        ConfigurationError, match=r"has no Prefect: pip install 'procworker\[prefect\]', or .*--python"
-    ):
+    with pytest.raises(ConfigurationError, match=r"has no Prefect: pip install 'procworker\[prefect\]', or .*--python"):
         find_prefect(sys.executable)
-    with pytest.raises(
-        ConfigurationError, match=r"Cannot run the interpreter /nowhere/python: .*No such file"
-    ):
+    with pytest.raises(ConfigurationError, match=r"Cannot run the interpreter /nowhere/python: .*No such file"):
         find_prefect("/nowhere/python")
     with pytest.raises(ConfigurationError, match="The interpreter /bin/false does not work: it said nothing"):
         find_prefect("/bin/false")
 
 
-def test_prefect_is_found_whatever_the_callers_directory_holds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prefect_is_found_whatever_the_callers_directory_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "email.py").write_text("1/0")
     monkeypatch.chdir(tmp_path)
 

@@ -80,9 +80,7 @@ async def test_the_end_does_not_wait_for_a_server_that_hangs(
 
 
 async def test_batches_are_cut_by_size(server: FakeServer) -> None:
-    async with outbox_to(
-        server, logging_to_api_batch_size="1000", logging_to_api_max_log_size="500"
-    ) as outbox:
+    async with outbox_to(server, logging_to_api_batch_size="1000", logging_to_api_max_log_size="500") as outbox:
         for number in range(6):
             outbox.log(record(str(number) * 50))
     sizes = [len(request.body) for request in server.seen("POST", "/logs")]
@@ -91,9 +89,7 @@ async def test_batches_are_cut_by_size(server: FakeServer) -> None:
     assert [message[0] for message in messages(server)] == list("012345")
 
 
-async def test_an_outage_delays_logs_and_loses_none(
-    server: FakeServer, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_an_outage_delays_logs_and_loses_none(server: FakeServer, caplog: pytest.LogCaptureFixture) -> None:
     async with outbox_to(server) as outbox:
         outbox.log(record("1"))
         await server.wait_request("POST", "/logs")
@@ -215,9 +211,7 @@ async def test_nuls_secrets_and_what_is_no_unicode_do_not_reach_the_server(serve
     assert messages(server) == ["ab ******** caf?"]
 
 
-@pytest.mark.parametrize(
-    "text", ["x" * 5000, "é" * 5000, "\n" * 5000, "x" * 100 + "☃" * 5000, "x", "x" * 880]
-)
+@pytest.mark.parametrize("text", ["x" * 5000, "é" * 5000, "\n" * 5000, "x" * 100 + "☃" * 5000, "x", "x" * 880])
 @pytest.mark.parametrize("largest", [1000, 50])
 def test_a_message_is_cut_to_fit_as_closely_as_it_can(text: str, largest: int) -> None:
     fitted = _fitted(record(text), largest)
@@ -231,9 +225,7 @@ def test_a_message_is_cut_to_fit_as_closely_as_it_can(text: str, largest: int) -
         assert fitted["message"] == "... [truncated]"
 
 
-async def test_nothing_is_logged_about_what_goes_well(
-    server: FakeServer, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_nothing_is_logged_about_what_goes_well(server: FakeServer, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "procworker")
     async with outbox_to(server) as outbox:
         outbox.log(record("x"))

@@ -83,14 +83,10 @@ class Client:
             if GONE not in str(error):
                 self._refused.add(what)
 
-    # Work pools
-
     async def read_work_pool(self, work_pool_name: str, **options: Unpack[Options]) -> models.WorkPool:
         return await self._read(models.WorkPool, "GET", _path("work_pools", work_pool_name), **options)
 
-    async def create_work_pool(
-        self, name: str, type: str, base_job_template: JSON | None = None
-    ) -> models.WorkPool:
+    async def create_work_pool(self, name: str, type: str, base_job_template: JSON | None = None) -> models.WorkPool:
         """Create a pool, or return the one that somebody else has created meanwhile."""
         body = _given(name=name, type=type, base_job_template=base_job_template)
         try:
@@ -151,8 +147,6 @@ class Client:
         )
         return await self._read(list[models.WorkerFlowRunResponse], "POST", path, json=body, **options)
 
-    # Flow runs
-
     async def read_flow_run(self, flow_run_id: UUID, **options: Unpack[Options]) -> models.FlowRun:
         return await self._read(models.FlowRun, "GET", _path("flow_runs", flow_run_id), **options)
 
@@ -182,9 +176,7 @@ class Client:
         path = _path("flow_runs", flow_run_id, "set_state")
         return await self._read(models.OrchestrationResult, "POST", path, json=body, **options)
 
-    async def update_flow_run(
-        self, flow_run_id: UUID, infrastructure_pid: str, **options: Unpack[Options]
-    ) -> None:
+    async def update_flow_run(self, flow_run_id: UUID, infrastructure_pid: str, **options: Unpack[Options]) -> None:
         body = {"infrastructure_pid": infrastructure_pid}
         await self.http.request("PATCH", _path("flow_runs", flow_run_id), json=body, **options)
 
@@ -200,14 +192,10 @@ class Client:
         body = _given(flow_id=str(flow_id), idempotency_key=str(uuid4()), **run)
         return await self._read(models.FlowRun, "POST", "/flow_runs/", json=body)
 
-    async def create_flow_run_from_deployment(
-        self, deployment_id: UUID, **run: Unpack[NewRun]
-    ) -> models.FlowRun:
+    async def create_flow_run_from_deployment(self, deployment_id: UUID, **run: Unpack[NewRun]) -> models.FlowRun:
         path = _path("deployments", deployment_id, "create_flow_run")
         body = _given(idempotency_key=str(uuid4()), **run)
         return await self._read(models.FlowRun, "POST", path, json=body)
-
-    # Flows, deployments, blocks, variables
 
     async def create_flow(self, name: str, tags: Sequence[str] = ()) -> UUID:
         """Register a flow, unless the server knows it, and return its id."""
@@ -240,8 +228,6 @@ class Client:
             return await self._read(models.Variable, "GET", _path("variables", "name", name))
         except ObjectNotFound:
             return None
-
-    # The server itself, logs and events
 
     async def api_version(self) -> str | None:
         """Tell the server's Prefect version; None if it keeps that to itself, as Cloud does."""
@@ -280,4 +266,4 @@ def _given(**fields: Any) -> JSON:
 
 
 def _uuid(body: bytes) -> UUID:
-    return UUID(body.decode().strip().strip('"'))
+    return UUID(body.decode().strip(' \n"'))

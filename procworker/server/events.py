@@ -40,10 +40,7 @@ def related(
     identifier: str | None = None,
     status_code: int | None = None,
 ) -> list[Labels]:
-    """Label deployment, flow and flow run as far as present, then all their tags, then the pool.
-
-    What is known about the run's infrastructure is told with the flow run.
-    """
+    """Label deployment, flow and run (and where it ran) as far as present, then their tags, then the pool."""
     present = {kind: thing for kind, thing in objects.items() if thing is not None}
     labels = {kind: _labels(kind, thing) for kind, thing in present.items()}
     if "flow-run" in labels:

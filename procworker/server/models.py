@@ -8,8 +8,6 @@ from uuid import UUID, uuid4
 
 from pydantic import BaseModel, Field, model_validator
 
-FINAL_TYPES = frozenset({"COMPLETED", "FAILED", "CANCELLED", "CRASHED"})
-
 
 class Shape(BaseModel, extra="allow"):
     """What the server sent; a null where a value belongs means the default."""
@@ -42,7 +40,7 @@ class State(Shape):
 
     def is_final(self) -> bool:
         """Say whether a run ends in this state."""
-        return self.type in FINAL_TYPES
+        return self.type in ("COMPLETED", "FAILED", "CANCELLED", "CRASHED")
 
     def is_cancelling(self) -> bool:
         """Say whether somebody asked for an end that has not come yet."""

@@ -11,6 +11,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import anyio
+from anyio.abc import TaskStatus
 
 from procworker.errors import Unauthorized, Unreachable
 from procworker.server.client import Client
@@ -37,28 +38,41 @@ class Outbox:
     def __init__(self, client: Client, settings: Settings) -> None:
         self._settings = settings
         self._secrets = settings.secrets()
-        largest = settings.logging_to_api_max_log_size
-        self._largest = min(largest, settings.cloud_max_log_size) if settings.is_cloud else largest
+        self._wait = max(settings.logging_to_api_batch_interval, SHORTEST_WAIT)
+        self._largest = settings.logging_to_api_max_log_size
+        if settings.is_cloud:
+            self._largest = min(self._largest, settings.cloud_max_log_size)
         size = max(settings.logging_to_api_batch_size - self._largest, self._largest)
-        wait = max(settings.logging_to_api_batch_interval, SHORTEST_WAIT)
-        self._logs = _Queue("logs", client.create_logs, size, wait)
-        self._events = _Queue("events", client.create_events, size, wait)
+        self._logs = _Queue("logs", client.create_logs, size)
+        self._events = _Queue("events", client.create_events, size)
 
     async def __aenter__(self) -> Self:
-        self._tasks = await anyio.create_task_group().__aenter__()
         self._closing = anyio.Event()
-        # Shielded, so that the last words of whoever is being cancelled still go out.
-        self._scopes = [anyio.CancelScope(shield=True) for _ in range(2)]
-        for queue, scope in zip((self._logs, self._events), self._scopes, strict=True):
-            self._tasks.start_soon(queue.deliver, self._closing, scope)
+        self._tasks = await anyio.create_task_group().__aenter__()
+        self._delivery = await self._tasks.start(self._deliver)
         return self
 
     async def __aexit__(self, *error: object) -> None:
         """Deliver what is left, for a few seconds at most, even while being cancelled."""
-        for scope in (*self._scopes, self._tasks.cancel_scope):
-            scope.shield, scope.deadline = True, anyio.current_time() + DRAIN_SECONDS
+        self._tasks.cancel_scope.shield = True
+        self._delivery.deadline = anyio.current_time() + DRAIN_SECONDS
         self._closing.set()
         await self._tasks.__aexit__(None, None, None)
+        for queue in (self._logs, self._events):
+            queue.give_up()
+
+    async def _deliver(self, *, task_status: TaskStatus[anyio.CancelScope]) -> None:
+        """Send everything every few seconds, less often while that fails, and a last time when closing."""
+        # Shielded, so that the last words of whoever is being cancelled still go out.
+        with anyio.CancelScope(shield=True) as scope:
+            task_status.started(scope)
+            wait, last = self._wait, False
+            while not last:
+                with anyio.move_on_after(wait):
+                    await self._closing.wait()
+                last = self._closing.is_set()
+                sent = [await queue.send_all() for queue in (self._logs, self._events)]
+                wait = self._wait if all(sent) else min(2 * wait, LONGEST_WAIT)
 
     def log(self, record: JSON) -> None:
         """Send a record in the form of POST /logs/; only Cloud takes one that belongs to no run."""
@@ -78,8 +92,8 @@ class Outbox:
 class _Queue:
     """What waits to be sent, oldest first; one batch at a time is under way."""
 
-    def __init__(self, what: str, send: Callable[..., Awaitable[None]], batch_size: int, wait: float) -> None:
-        self._what, self._send, self._batch_size, self._wait = what, send, batch_size, wait
+    def __init__(self, what: str, send: Callable[..., Awaitable[None]], batch_size: int) -> None:
+        self._what, self._send, self._batch_size = what, send, batch_size
         self._items: deque[Item] = deque()
         self._size = 0
         self._lock = Lock()
@@ -96,20 +110,7 @@ class _Queue:
         if full:
             self._say("%s come faster than the server takes them; the oldest are dropped", self._what)
 
-    async def deliver(self, closing: anyio.Event) -> None:
-        """Send everything every few seconds, less often while that fails, and a last time when closing."""
-        wait, last = self._wait, False
-        try:
-            while not last:
-                with anyio.move_on_after(wait):
-                    await closing.wait()
-                last = closing.is_set()
-                wait = self._wait if await self._send_all() else min(2 * wait, LONGEST_WAIT)
-        finally:
-            if self._items:
-                logger.warning("%d %s could not be delivered", len(self._items), self._what)
-
-    async def _send_all(self) -> bool:
+    async def send_all(self) -> bool:
         """Send batch after batch; False if nobody takes them, and then they wait."""
         while batch := self._take():
             try:
@@ -125,6 +126,10 @@ class _Queue:
             except Exception as error:
                 self._say("%s are lost: %s", self._what, error)
         return True
+
+    def give_up(self) -> None:
+        if self._items:
+            logger.warning("%d %s could not be delivered", len(self._items), self._what)
 
     def _take(self) -> list[Item]:
         """Take out one item, and more while they fit into one batch."""

@@ -61,8 +61,8 @@ async def spawn(argv: Sequence[str], *, cwd: Path, env: Mapping[str, str], stdou
 
     Raises SpawnError with a sentence that says what is wrong.
     """
-    if not cwd.is_dir():
-        what = "is not a directory" if cwd.exists() else "does not exist"
+    if not os.path.isdir(cwd):  # unlike Path's, this one never raises
+        what = "is not a directory" if os.path.exists(cwd) else "does not exist"
         raise SpawnError(f"The working directory {str(cwd)!r} {what}.")
     for name, value in env.items():
         if not name or "=" in name or "\0" in name + value:
@@ -88,8 +88,8 @@ async def spawn(argv: Sequence[str], *, cwd: Path, env: Mapping[str, str], stdou
         for handle in (out, err):
             if handle >= 0:
                 os.close(handle)
-    # A child that is already a zombie still has its pid: nobody else has reaped it.
-    return Child(identify(spawned.pid) or Process(spawned.pid, -1.0), spawned)
+    # A child that has ended and was reaped already has no start time any more.
+    return Child(identify(spawned.pid, dead=True) or Process(spawned.pid, -1.0), spawned)
 
 
 def _open_private(path: Path) -> int:
@@ -101,10 +101,11 @@ def _explain(error: Exception, argv: Sequence[str], env: Mapping[str, str]) -> s
     if code == errno.E2BIG:
         largest = sorted(env, key=lambda name: -len(env[name]))[:5]
         return f"The environment or the command is too large for this system; the largest variables: {largest}."
-    if code == errno.ENOENT:
-        return f"The command {argv[0]!r} was not found; check `command`, `python` and PATH."
-    if code in (errno.EACCES, errno.ENOEXEC):
-        return f"The command {argv[0]!r} is not executable."
+    if getattr(error, "filename", None) in (None, argv[0]):  # else it is about cwd or an output file
+        if code == errno.ENOENT:
+            return f"The command {argv[0]!r} was not found; check `command`, `python` and PATH."
+        if code in (errno.EACCES, errno.ENOEXEC):
+            return f"The command {argv[0]!r} is not executable."
     return f"The command {argv[0]!r} could not be started: {error}."
 
 

@@ -15,6 +15,7 @@ from procworker.errors import ConfigurationError
 
 _PROBE = """
 import importlib.util, sys
+sys.path.remove("")
 if importlib.util.find_spec("prefect") is None: sys.exit(3)
 from importlib.metadata import version
 print(version("prefect"))
@@ -37,14 +38,14 @@ def locate(python: str) -> str:
 
     Raises ConfigurationError when there is none.
     """
-    path = Path(python).expanduser()
-    if path.is_dir():
-        candidates = [path / "bin" / "python", path / "Scripts" / "python.exe"]
+    path = os.path.expanduser(python)  # as text: a Path would lose the ./ that says "not from PATH"
+    if os.path.isdir(path):
+        candidates = [Path(path, "bin", "python"), Path(path, "Scripts", "python.exe")]
         found = next((str(candidate) for candidate in candidates if candidate.exists()), None)
         if found is None:
             raise ConfigurationError(f"python {python!r} is a directory without bin/python: not a virtual environment")
     else:
-        found = shutil.which(str(path))
+        found = shutil.which(path)
         if found is None:
             raise ConfigurationError(f"python {python!r} does not exist or is not executable")
     # Not resolved: a venv's python is a link, and only its own path finds the venv's packages.
@@ -67,7 +68,12 @@ def probe(path: str) -> str | None:
 def _probe(path: str, stamp: int) -> str | None:
     try:
         done = subprocess.run(
-            [path, "-c", _PROBE], capture_output=True, text=True, timeout=20, stdin=subprocess.DEVNULL
+            [path, "-c", _PROBE],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            stdin=subprocess.DEVNULL,
+            env=inherited(os.environ, path),
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ConfigurationError(f"python {path!r} cannot be run: {error}") from error
@@ -84,7 +90,13 @@ def find_interpreter(python: str | None, environ: Mapping[str, str]) -> Interpre
     """
     candidates = [locate(python)] if python else list(_candidates(environ))
     for path in candidates:
-        if version := probe(path):
+        try:
+            version = probe(path)
+        except ConfigurationError:
+            if python:
+                raise
+            continue  # nobody asked for this one
+        if version:
             return Interpreter(path, version)
     raise ConfigurationError(f"no Prefect in {' or '.join(candidates)}: {NO_PREFECT}")
 

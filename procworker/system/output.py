@@ -50,10 +50,14 @@ class RunDirectory:
 
 
 class Mask:
-    """Replace known secrets in text by asterisks; values under six characters are left alone."""
+    """Replace known secrets in a line by asterisks, those of several lines line by line.
+
+    Values under six characters are left alone.
+    """
 
     def __init__(self, secrets: Iterable[str]) -> None:
-        known = sorted({secret for secret in secrets if len(secret) >= 6}, key=len, reverse=True)
+        lines = {line.strip() for secret in secrets for line in secret.splitlines()}
+        known = sorted((line for line in lines if len(line) >= 6), key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, known))) if known else None
 
     def __call__(self, text: str) -> str:
@@ -67,19 +71,25 @@ class _Stream:
         self.name = name
         self._path = path
         self._offset = 0
+        self._end = sys.maxsize
         self._rest = b""
+
+    def stop(self) -> None:
+        """Read no further than the file reaches now."""
+        with suppress(OSError):
+            self._end = os.stat(self._path).st_size
 
     def read(self) -> tuple[list[str], bool]:
         """Return the new complete lines, and whether more is waiting."""
         try:
-            size = os.stat(self._path).st_size
+            size = min(os.stat(self._path).st_size, self._end)
             if size < self._offset:  # the child truncated its own output
                 self._offset = 0
             if size == self._offset:
                 return [], False
             with open(self._path, "rb", buffering=0) as file:
                 file.seek(self._offset)
-                data = file.read(CHUNK)
+                data = file.read(min(CHUNK, size - self._offset))
         except OSError:
             return [], False
         self._offset += len(data)
@@ -108,7 +118,9 @@ class Follower:
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
 
     def end(self) -> None:
-        """The last writer has gone: read what is left and return."""
+        """The run has ended: read what is there, but nothing that a process allowed to stay writes later."""
+        for stream in self._streams:
+            stream.stop()
         self._ended.set()
 
     async def follow(self) -> None:
@@ -131,7 +143,7 @@ class Follower:
             self._emit(stream, stream.flush())
 
     def _emit(self, stream: _Stream, lines: list[str]) -> None:
-        self.tail.extend(line[:2000] for line in lines)
+        self.tail.extend(lines)
         if self._sink is None:
             return
         for line in lines:
@@ -142,4 +154,8 @@ class Follower:
 
 def print_line(stream: str, line: str) -> None:
     """The default sink: the child's stdout and stderr go where ours go."""
-    print(line, file=sys.stdout if stream == "stdout" else sys.stderr, flush=True)
+    file = sys.stdout if stream == "stdout" else sys.stderr
+    try:
+        print(line, file=file, flush=True)
+    except UnicodeEncodeError:  # our own output is ASCII only
+        print(ascii(line)[1:-1], file=file, flush=True)

@@ -45,10 +45,10 @@ class Entry(NamedTuple):
 Scan = Callable[[], Iterable[Entry]]
 
 
-def identify(pid: int) -> Process | None:
-    """Name the living process that has this pid now, or None."""
+def identify(pid: int, *, dead: bool = False) -> Process | None:
+    """Name the living process that has this pid now, or None; with `dead`, a zombie too."""
     entry = _entry(pid)
-    return None if entry is None or entry.dead else entry.process
+    return None if entry is None or (entry.dead and not dead) else entry.process
 
 
 def is_alive(process: Process) -> bool:
@@ -60,22 +60,23 @@ def send(process: Process, signum: int) -> bool:
     """Signal exactly this process; False when it is gone or not ours to signal."""
     if process.pid <= 1 or process.pid == os.getpid():
         return False
+    handle = -1
     try:
-        if not hasattr(os, "pidfd_open"):
-            if not is_alive(process):
-                return False
-            psutil.Process(process.pid).send_signal(signum)
-            return True
-        # The descriptor pins the process, so nothing can take its pid between the check and the signal.
-        handle = os.pidfd_open(process.pid)
-        try:
-            if not is_alive(process):
-                return False
+        # The descriptor pins the process, so nothing can take its pid between the check and the signal. Old kernels
+        # and some containers have none; without it the check alone must do.
+        with suppress(AttributeError, OSError):
+            handle = os.pidfd_open(process.pid)
+        if not is_alive(process):
+            return False
+        if handle >= 0:
             signal.pidfd_send_signal(handle, signum)
-        finally:
-            os.close(handle)
+        else:
+            psutil.Process(process.pid).send_signal(signum)
     except (OSError, psutil.Error):
         return False
+    finally:
+        if handle >= 0:
+            os.close(handle)
     return True
 
 
@@ -87,7 +88,9 @@ def _linux_entry(pid: int) -> Entry | None:
         return None
     # The command may hold blanks and brackets: the fields start after the last bracket.
     state, parent, _, session, *rest = stat[stat.rfind(b")") + 2 :].split()
-    return Entry(Process(pid, float(rest[15])), int(parent), int(session), state.decode() in _DEAD)
+    # A process whose first thread has ended looks like a zombie while its other threads run on.
+    dead = state.decode() in _DEAD and int(rest[13]) <= 1
+    return Entry(Process(pid, float(rest[15])), int(parent), int(session), dead)
 
 
 def _portable_entry(pid: int) -> Entry | None:
