@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
 from collections.abc import Mapping
@@ -197,28 +196,30 @@ def fill_template(base_job_template: JSON, values: Mapping[str, Any]) -> JSON:
         if not isinstance(base_job_template.get(part), dict):
             raise ConfigurationError(f"the base job template has no {part!r}: `procworker template` prints a whole one")
     properties: JSON = base_job_template["variables"].get("properties") or {}
-    job = copy.deepcopy(base_job_template["job_configuration"])
+    job = dict(base_job_template["job_configuration"])
     variables = {
         name: schema["default"]
         for name, schema in properties.items()
         if isinstance(schema, dict) and schema.get("default") is not None
     }
     if default_env := variables.get("env"):
-        job["env"] = {**job["env"], **default_env} if isinstance(job.get("env"), dict) else default_env
+        mergeable = isinstance(job.get("env"), dict) and isinstance(default_env, dict)
+        job["env"] = {**job["env"], **default_env} if mergeable else default_env
     variables.update(_expand_dotted(values))
-    if isinstance(job.get("env"), dict) and isinstance(variables.get("env") or {}, dict):
-        job["env"] = {**job["env"], **(variables.get("env") or {})}
+    if isinstance(job.get("env"), dict) and (env := variables.get("env")):
+        if not isinstance(env, Mapping):
+            raise ConfigurationError("the job variable 'env' must be a mapping of names to texts")
+        job["env"] = {**job["env"], **env}
     known = frozenset(properties) | frozenset(variables)
-    for name, nearest in unknown_placeholders(job, known):
-        guess = f"; did you mean {nearest!r}?" if nearest else ""
-        logger.warning("The job template uses %r, which no variable declares or sets%s", name, guess)
+    for name, nearest in unknown_placeholders(job, known | {"ctx"}):
+        if nearest:  # anything else is a shell's heredoc sooner than a typing error
+            logger.warning("<< %s >> in the job template is no variable and stays: did you mean %r?", name, nearest)
     filled: JSON = apply_values(job, variables, known=known)
     return filled
 
 
 def _expand_dotted(values: Mapping[str, Any]) -> JSON:
     """Turn {"env.X": 1} into {"env": {"X": 1}}; plain keys go on top and win."""
-    values = copy.deepcopy(dict(values))
     expanded: JSON = {}
     for name, value in values.items():
         if "." in name:

@@ -15,7 +15,7 @@ from uuid import UUID
 
 import anyio
 
-from procworker.errors import ConfigurationError
+from procworker.errors import ConfigurationError, Rejected
 from procworker.server.client import Client
 from procworker.server.models import FlowRun, State, new_state
 
@@ -175,9 +175,15 @@ async def create_adhoc_run(
             raise ConfigurationError(f"parameter {name!r} cannot be sent as JSON: {error}") from error
     pending = new_state("PENDING", transition_id=transition_id)
     flow_id = await client.create_flow(_flow_name(flow, entrypoint), sorted(getattr(flow, "tags", ())))
-    flow_run = await client.create_flow_run(
-        flow_id, parameters=parameters, state=pending, work_pool_name=work_pool_name
-    )
+    try:
+        flow_run = await client.create_flow_run(
+            flow_id, parameters=parameters, state=pending, work_pool_name=work_pool_name
+        )
+    except Rejected as error:
+        if error.status_code != 422 or work_pool_name is None:
+            raise
+        # Servers of 2.x keep no pool for runs without a deployment.
+        flow_run = await client.create_flow_run(flow_id, parameters=parameters, state=pending)
     variables = dict(job_variables or {})
     persist = {} if isinstance(flow, str) else {"PREFECT_RESULTS_PERSIST_BY_DEFAULT": "true"}
     variables["env"] = {**persist, **(variables.get("env") or {}), ENTRYPOINT: entrypoint}

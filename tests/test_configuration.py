@@ -100,8 +100,10 @@ def test_an_unknown_angle_placeholder_stays_and_is_reported(caplog: pytest.LogCa
     base = template({"command": "run << comand >>"}, command={})
 
     assert fill_template(base, {})["command"] == "run << comand >>"
-    assert "'comand'" in caplog.text
-    assert "'command'" in caplog.text
+    assert "<< comand >> in the job template is no variable and stays: did you mean 'command'?" in caplog.text
+    caplog.clear()
+    fill_template(template({"command": "cat << EOF >> file", "name": "<< ctx.flow.name >>"}, command={}), {})
+    assert not caplog.text
 
 
 async def test_block_and_variable_references_are_looked_up() -> None:

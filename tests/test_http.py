@@ -479,6 +479,7 @@ async def test_no_proxy_leads_to_this_computer(server: FakeServer, monkeypatch: 
         ("corp.test", "xcorp.test", False),
         ("10.0.0.0/8", "10.1.2.3", True),
         ("10.0.0.0/8", "11.1.2.3", False),
+        ("corp.test", "10.1.2.3", False),
         ("fd00::/8, 10.0.0.1", "fd00::17", True),
         ("fd00::/8, 10.0.0.1", "10.0.0.1", True),
         ("", "prefect.test", False),

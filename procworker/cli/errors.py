@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import traceback
 
-from procworker.errors import ApiError, ConfigurationError, ProcworkerError, Unauthorized, Unreachable, single
+from procworker.errors import (
+    ApiError,
+    ConfigurationError,
+    ObjectNotFound,
+    ProcworkerError,
+    Unauthorized,
+    Unreachable,
+    single,
+)
 
 FAILED, USAGE, UNREACHABLE = 1, 2, 3
 
@@ -14,10 +22,14 @@ def sentence(error: BaseException) -> str:
     error = single(error)
     if isinstance(error, SystemExit):
         raise error
+    if isinstance(error, Unauthorized) and error.status_code == 403:
+        return f"the server forbids this, check the name and what your credentials may do: {error}"
     if isinstance(error, Unauthorized):
         return f"the server refuses the credentials, check PREFECT_API_KEY or PREFECT_API_AUTH_STRING: {error}"
     if isinstance(error, Unreachable):
         return f"the Prefect API cannot be reached, check PREFECT_API_URL and the server: {error}"
+    if isinstance(error, ObjectNotFound):
+        return f"the server has no such thing, check PREFECT_API_URL (most end in /api): {error}"
     if isinstance(error, ApiError):
         return f"the server refuses: {error}"
     if isinstance(error, ProcworkerError):

@@ -15,7 +15,7 @@ from procworker.errors import ConfigurationError
 
 _PROBE = """
 import importlib.util, sys
-sys.path.remove("")
+sys.path[:] = filter(None, sys.path)
 if importlib.util.find_spec("prefect") is None: sys.exit(3)
 from importlib.metadata import version
 print(version("prefect"))

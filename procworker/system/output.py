@@ -158,4 +158,4 @@ def print_line(stream: str, line: str) -> None:
     try:
         print(line, file=file, flush=True)
     except UnicodeEncodeError:  # our own output is ASCII only
-        print(ascii(line)[1:-1], file=file, flush=True)
+        print(line.encode("ascii", "backslashreplace").decode(), file=file, flush=True)

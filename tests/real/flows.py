@@ -37,8 +37,8 @@ def start(code: str) -> None:
     mark_process("child", child.pid)
 
 
-if "PREFECT__FLOW_RUN_ID" in os.environ:
-    mark_process("engine", os.getpid())
+mark_process("engine", os.getpid())
+mark("inherited", os.environ.get("INHERITED"))
 
 
 @flow
@@ -138,9 +138,7 @@ def typed(number: int):
 
 @flow
 def look_around():
-    mark("inherited", os.environ.get("INHERITED"))
     mark("given", os.environ.get("GIVEN"))
-    mark("cwd", os.getcwd())
 
 
 @flow

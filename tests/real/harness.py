@@ -33,6 +33,15 @@ def eventually(fact: Callable[[], T], seconds: float = 120.0, what: str = "") ->
     return found
 
 
+def start_time(pid: int) -> str | None:
+    """When the living process that has this pid now was started; None without one."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state in "ZX" else fields[18]
+
+
 class Api:
     """The part of Prefect's REST API that a user has."""
 
@@ -172,6 +181,10 @@ class Worker:
             )
 
     @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    @property
     def log(self) -> str:
         return self.log_file.read_text(encoding="utf-8", errors="replace")
 
@@ -190,7 +203,7 @@ def working(place: Place, api: Api, *options: str, **environment: str) -> Iterat
         print(worker.log)  # pytest shows it with the failure
         raise
     finally:
-        if worker.process.poll() is None:
+        if worker.alive:
             worker.process.kill()
             worker.process.wait()
         place.clear()

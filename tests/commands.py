@@ -1,0 +1,146 @@
+"""The command line as tests use it: within this process or as a user has it, and a fake server beside it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+from fake_server import FakeServer
+from workers import ENGINE, engine_command
+
+from procworker.cli import main
+
+ROOT = Path(__file__).parents[1]
+FAST = {"PREFECT_WORKER_QUERY_SECONDS": "0.05", "PREFECT_CLIENT_MAX_RETRIES": "0"}
+TEMPLATE = {
+    "job_configuration": {"command": "{{ command }}", "env": "{{ env }}", "name": "{{ name }}"},
+    "variables": {"properties": {"command": {"default": engine_command()}, "env": {}, "name": {}}},
+}
+"""A pool's template whose runs are those of the mini engine."""
+
+
+class Beside:
+    """A FakeServer in a thread with a loop of its own: the command under test runs another one."""
+
+    def __init__(self, server: FakeServer, portal: BlockingPortal) -> None:
+        self._server, self._portal = server, portal
+
+    def __getattr__(self, name: str) -> Any:
+        """Attributes are the server's; its methods, async ones too, run in its loop and return when they are done."""
+        found = getattr(self._server, name)
+        return partial(self._call, found) if callable(found) else found
+
+    def _call(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        return self._portal.call(partial(function, *args, **options))
+
+
+@contextmanager
+def serving(**options: Any) -> Iterator[Beside]:
+    """A server for the length of the block; options as in FakeServer."""
+    with (
+        start_blocking_portal() as portal,
+        portal.wrap_async_context_manager(FakeServer.running(**options)) as server,
+    ):
+        yield Beside(server, portal)
+
+
+def code_of(*argv: str) -> int:
+    """The exit code of the command, run within this process."""
+    try:
+        return main(argv)
+    except SystemExit as ended:  # argparse, for --help and for usage errors
+        return int(ended.code or 0)
+
+
+class Command:
+    """`python -m procworker` as a user has it; killed at the end of the block if it still runs."""
+
+    def __init__(self, place: Path, *argv: str, ignoring: tuple[int, ...] = (), **environ: str) -> None:
+        place.mkdir(parents=True, exist_ok=True)
+        self._out, self._err = place / "out", place / "err"
+
+        def ignore() -> None:
+            for number in ignoring:
+                signal.signal(number, signal.SIG_IGN)
+
+        path = os.pathsep.join(filter(None, [environ.pop("PYTHONPATH", ""), str(ROOT)]))
+        with self._out.open("wb") as out, self._err.open("wb") as err:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "procworker", *argv],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                cwd=place,
+                env={**os.environ, **environ, "PYTHONPATH": path},
+                preexec_fn=ignore if ignoring else None,
+            )
+
+    def __enter__(self) -> Command:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        if exc_info[0] is not None:
+            print(self.out, self.err, sep="\n")  # pytest shows it with the failure
+
+    @property
+    def out(self) -> str:
+        return self._out.read_text(encoding="utf-8", errors="replace")
+
+    @property
+    def err(self) -> str:
+        return self._err.read_text(encoding="utf-8", errors="replace")
+
+    def send(self, *numbers: int) -> None:
+        for number in numbers:
+            self.process.send_signal(number)
+
+    def wait(self, seconds: float = 20) -> int:
+        """The exit code."""
+        with suppress(subprocess.TimeoutExpired):
+            return self.process.wait(seconds)
+        raise AssertionError(f"still running after {seconds} s\n{self.out}\n{self.err}")
+
+    def until_it_says(self, text: str, seconds: float = 20) -> None:
+        deadline = time.monotonic() + seconds
+        while text not in self.out + self.err:
+            assert time.monotonic() < deadline, f"{text!r} is not in\n{self.out}\n{self.err}"
+            time.sleep(0.02)
+
+
+def fake_prefect(place: Path) -> Path:
+    """A directory for PYTHONPATH with a "Prefect 3.8.8" whose engine is the mini engine."""
+    (place / "prefect").mkdir(parents=True)
+    (place / "prefect" / "__init__.py").touch()
+    engine = f"import runpy\nrunpy.run_path({str(ENGINE)!r}, run_name='__main__')\n"
+    (place / "prefect" / "engine.py").write_text(engine)
+    information = place / "prefect-3.8.8.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: prefect\nVersion: 3.8.8\n")
+    return place
+
+
+def flow_file(path: Path) -> Path:
+    """A file with the flow `hello`; nothing here imports it."""
+    path.write_text(
+        textwrap.dedent("""\
+            from prefect import flow
+
+            @flow(name="say-hello")
+            def hello(name: str = "world"):
+                print(name)
+            """)
+    )
+    return path

@@ -1,0 +1,679 @@
+"""Finding and ending a process tree: every way to hide, and every stranger that must not be touched."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import anyio
+import misbehave
+import psutil
+import pytest
+
+from procworker.system import tree
+from procworker.system.tree import COOKIE, Entry, Family, Process, Scan, describe, identify, is_alive, scan, send
+
+PYTHON = [sys.executable, "-S", "-E"]
+MISBEHAVE = [*PYTHON, misbehave.__file__]
+NOBODY = 2**22  # the first pid that Linux cannot give
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+
+
+class Started:
+    """A process that a test started as the root of a run, and what it said."""
+
+    def __init__(self, command: list[str], cookie: str) -> None:
+        self.cookie = cookie
+        self.popen = subprocess.Popen(
+            command, stdout=subprocess.PIPE, start_new_session=True, env={**os.environ, COOKIE: cookie}
+        )
+        root = identify(self.popen.pid, dead=True)
+        assert root
+        self.root = root
+        self.children: list[Process] = []
+
+    def says(self, word: str, times: int = 1) -> None:
+        """Wait until it has said the word; children that it names meanwhile are remembered."""
+        assert self.popen.stdout
+        while times:
+            said, *rest = self.popen.stdout.readline().decode().split() or [None]
+            assert said, "it ended too early"
+            if said == "CHILD":
+                child = identify(int(rest[0]))
+                self.children += [child] if child else []
+            times -= said == word
+
+    def becomes(self, what: int) -> None:
+        """Wait until it has ended or stopped, and leave the zombie where it is."""
+        os.waitid(os.P_PID, self.popen.pid, what | os.WNOWAIT)
+
+    def family(self, *, cookie: str | None = None, scan: Scan = scan) -> Family:
+        return Family(self.root, cookie or self.cookie, scan=scan)
+
+    @property
+    def everything(self) -> set[Process]:
+        return {self.root, *self.children}
+
+    @property
+    def alive(self) -> set[Process]:
+        return {process for process in self.everything if is_alive(process)}
+
+    def clean_up(self) -> None:
+        for process in self.everything:
+            send(process, signal.SIGKILL)
+        while left := misbehave.survivors(self.cookie):
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+        self.popen.wait()
+        assert self.popen.stdout
+        self.popen.stdout.close()
+
+
+Start = Callable[..., Started]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Start a mode of misbehave.py (or a command, as a list) and wait until it says READY, and CHILD so often."""
+    started: list[Started] = []
+
+    def start(mode: str | list[str], *arguments: str, children: int = 0) -> Started:
+        command = [*MISBEHAVE, mode, *arguments] if isinstance(mode, str) else mode
+        one = Started(command, uuid4().hex)
+        started.append(one)
+        one.says("READY")
+        if missing := children - len(one.children):
+            one.says("CHILD", missing)
+        return one
+
+    yield start
+    for one in started:
+        one.clean_up()
+
+
+@pytest.fixture(params=["linux", "portable"])
+def platform(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run a test with what Linux offers, and again with what there is everywhere."""
+    if request.param == "portable":
+        monkeypatch.setattr(tree, "LINUX", False)
+        monkeypatch.setattr(tree, "_entry", tree._portable_entry)
+        monkeypatch.delattr(os, "pidfd_open")
+    return str(request.param)
+
+
+def other_start(process: Process) -> Process:
+    """The same pid in another life."""
+    return process._replace(start=process.start + 1)
+
+
+# Identity
+
+
+@pytest.mark.usefixtures("platform")
+def test_a_process_is_named_by_pid_and_start_time(start: Start) -> None:
+    one, other = start("sleep"), start("sleep")
+
+    assert one.root != other.root
+    assert identify(one.popen.pid) == one.root
+    assert is_alive(one.root)
+
+
+@pytest.mark.usefixtures("platform")
+def test_what_has_no_pid_has_no_name() -> None:
+    assert identify(NOBODY) is None
+    assert not is_alive(Process(NOBODY, 1.0))
+
+
+@pytest.mark.usefixtures("platform")
+def test_a_zombie_is_dead(start: Start) -> None:
+    one = start("exit")
+    one.becomes(os.WEXITED)
+
+    assert identify(one.popen.pid) is None
+    assert not is_alive(one.root)
+    assert one.family().members() == set()
+    assert identify(one.popen.pid, dead=True) == one.root
+
+
+def test_a_process_whose_first_thread_has_ended_is_alive(start: Start) -> None:
+    code = """if True:
+        import ctypes, threading, time
+        threading.Thread(target=lambda: time.sleep(600)).start()
+        print("READY", flush=True)
+        ctypes.CDLL(None).syscall(60, 0)"""
+    one = start([*PYTHON, "-c", code])
+    status = Path(f"/proc/{one.popen.pid}/stat")
+    while status.read_bytes().split()[2] != b"Z":
+        time.sleep(0.001)
+
+    assert is_alive(one.root)
+    assert send(one.root, signal.SIGKILL)
+    assert one.popen.wait(10) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("name", ["plain", "a) b", ") Z 1 2 3 (", "R\n) S"])
+def test_any_command_name_can_be_read(start: Start, name: str) -> None:
+    code = f"import time; open('/proc/self/comm', 'w').write({name!r}); print('READY', flush=True); time.sleep(600)"
+    one = start([*PYTHON, "-c", code])
+    entry = tree._linux_entry(one.popen.pid)
+
+    assert entry == Entry(one.root, os.getpid(), one.popen.pid, False)
+
+
+def test_both_ways_to_look_at_a_process_agree(start: Start) -> None:
+    living, dead = start("sleep"), start("exit")
+    dead.becomes(os.WEXITED)
+
+    for pid in (living.popen.pid, dead.popen.pid):
+        one, other = tree._linux_entry(pid), tree._portable_entry(pid)
+        assert one
+        assert other
+        assert one[1:] == other[1:]
+        assert other.process == Process(pid, psutil.Process(pid).create_time())
+
+
+@pytest.mark.usefixtures("platform")
+def test_a_scan_lists_every_process_of_the_host(start: Start) -> None:
+    one = start("setsid", children=1)
+    seen = {entry.process: entry for entry in scan()}
+
+    assert one.everything <= set(seen)
+    assert seen[one.children[0]].parent == one.popen.pid
+    assert seen[one.children[0]].session == one.children[0].pid
+    assert {1, os.getpid()} <= {process.pid for process in seen}
+
+
+# Signals
+
+
+@pytest.mark.usefixtures("platform")
+def test_a_signal_reaches_its_process(start: Start) -> None:
+    one = start("sleep")
+
+    assert send(one.root, signal.SIGTERM)
+    assert one.popen.wait(10) == -signal.SIGTERM
+    assert not send(one.root, signal.SIGTERM)
+
+
+@pytest.mark.usefixtures("platform")
+async def test_a_reused_pid_is_never_signalled(start: Start) -> None:
+    stranger = start("sleep")
+    forged = other_start(stranger.root)
+
+    assert not is_alive(forged)
+    assert not send(forged, signal.SIGKILL)
+    family = Family(forged, "a cookie of ours")
+    assert family.members() == set()
+    await family.end(0.0)
+    assert stranger.alive == {stranger.root}
+    assert family.ended == set()
+
+
+@pytest.mark.usefixtures("platform")
+def test_init_and_ourselves_are_never_signalled() -> None:
+    assert not send(Process(-1, 0.0), 0)
+    for pid in (0, 1, os.getpid()):
+        assert not send(identify(pid) or Process(pid, 0.0), 0)
+
+
+def test_what_belongs_to_others_is_not_signalled(start: Start) -> None:
+    one = start("sleep")
+    code = f"""if True:
+        import os, sys
+        sys.path[:] = {sys.path!r}
+        from procworker.system.tree import Process, carries, identify, send
+        os.setuid(65534)
+        assert not send(identify({one.popen.pid}), 9)
+        assert not carries({one.popen.pid}, {one.cookie!r})
+        print("both")"""
+    if os.getuid():
+        pytest.skip("needs root")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+    assert done.stdout == "both\n", done.stderr
+    assert tree.carries(one.popen.pid, one.cookie)
+    assert one.alive
+
+
+@pytest.mark.parametrize("error", [OSError(38, "Function not implemented"), PermissionError(1, "Not permitted")])
+def test_where_pidfds_are_refused_signals_still_arrive(
+    start: Start, monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    def refuse(pid: int) -> int:
+        raise error
+
+    one = start("sleep")
+    monkeypatch.setattr(os, "pidfd_open", refuse)
+
+    assert not send(other_start(one.root), signal.SIGKILL)
+    assert send(one.root, signal.SIGKILL)
+    assert one.popen.wait(10) == -signal.SIGKILL
+
+
+def test_a_signal_leaves_no_descriptor_open(start: Start) -> None:
+    one = start("sleep")
+    before = os.listdir("/proc/self/fd")
+    for process in (one.root, other_start(one.root), Process(NOBODY, 1.0)):
+        send(process, 0)
+
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_ourselves_and_our_ancestors_are_no_members(start: Start) -> None:
+    one = start("sleep")
+    ancestors = {process.pid for process in psutil.Process().parents()}
+    line = {0, 1, os.getpid(), one.popen.pid} | ancestors
+
+    def all_in_one_session() -> Iterable[Entry]:
+        return (e._replace(session=one.popen.pid) for e in scan() if e.process.pid in line)
+
+    assert len(ancestors) >= 1
+    assert one.family(scan=all_in_one_session).members() == {one.root}
+
+
+# The three layers: each finds what only it can find, and is missed when it is blind
+
+
+def in_session(start: Start) -> Started:
+    """An orphan without a cookie, in the run's session."""
+    code = f"import subprocess; print('CHILD', subprocess.Popen({misbehave.SLEEP!r}, env={{}}).pid, flush=True)"
+    one = start(["sh", "-c", '"$@"; echo READY; exec sleep 600', "sh", *PYTHON, "-c", code], children=1)
+    assert psutil.Process(one.children[0].pid).ppid() != one.popen.pid
+    return one
+
+
+def descendant(start: Start) -> Started:
+    """A child without a cookie, in a session of its own."""
+    how = "start_new_session=True, env={}"
+    code = f"import subprocess; p = subprocess.Popen({misbehave.SLEEP!r}, {how}); print('CHILD', p.pid)"
+    return start([*PYTHON, "-c", f"{code}; print('READY', flush=True); p.wait()"], children=1)
+
+
+def with_cookie(start: Start) -> Started:
+    """A daemon: an orphan in a session of its own."""
+    return start("daemon", children=1)
+
+
+def without_sessions() -> Iterable[Entry]:
+    return (entry._replace(session=0) for entry in scan())
+
+
+def without_parents() -> Iterable[Entry]:
+    return (entry._replace(parent=0) for entry in scan())
+
+
+LAYERS = [
+    pytest.param(in_session, {"scan": without_sessions}, id="session"),
+    pytest.param(descendant, {"scan": without_parents}, id="descendants"),
+    pytest.param(with_cookie, {"cookie": "another"}, id="cookie"),
+]
+
+
+@pytest.mark.parametrize(("hide", "blind"), LAYERS)
+async def test_each_layer_finds_what_only_it_can_find(
+    start: Start, hide: Callable[[Start], Started], blind: dict[str, object]
+) -> None:
+    one, other = hide(start), hide(start)
+    assert one.family().members() == one.everything
+    assert one.family(**blind).members() == {one.root}
+
+    await one.family().end(0.0)
+    await other.family(**blind).end(0.0)
+    assert one.alive == set()
+    assert other.alive == set(other.children), "the negative control"
+
+
+@pytest.mark.usefixtures("platform")
+@pytest.mark.parametrize("hide", [in_session, descendant, with_cookie])
+async def test_wherever_a_process_hides_it_is_ended(start: Start, hide: Callable[[Start], Started]) -> None:
+    one = hide(start)
+    family = one.family()
+    await family.end(5.0)
+
+    assert one.alive == set()
+    assert family.ended == one.everything
+    assert family.survivors == set()
+    assert one.popen.wait(10) == -signal.SIGTERM
+
+
+async def test_a_daemon_that_clears_its_environment_must_be_seen_before_it_is_an_orphan(start: Start) -> None:
+    one = start("daemon-clean", children=1)
+    await one.family().end(0.0)
+
+    assert one.alive == set(one.children), "documented: it is out of reach"
+
+
+async def test_who_was_seen_once_is_known_for_good(start: Start) -> None:
+    one = descendant(start)
+    family = one.family()
+    family.members()
+    send(one.root, signal.SIGKILL)
+    one.popen.wait(10)
+
+    assert one.family().members() == set(), "the negative control"
+    assert family.members() == set(one.children)
+    await family.end(0.0)
+    assert one.alive == set()
+
+
+async def test_a_changed_cookie_opts_out(start: Start) -> None:
+    how = f"start_new_session=True, env={{{COOKIE!r}: 'mine'}}"
+    daemon = f"import subprocess; p = subprocess.Popen({misbehave.SLEEP!r}, {how}); print('CHILD', p.pid, flush=True)"
+    one = start(["sh", "-c", '"$@"; echo READY; exec sleep 600', "sh", *PYTHON, "-c", daemon], children=1)
+    await one.family().end(0.0)
+
+    assert one.alive == set(one.children)
+
+
+def test_a_longer_cookie_is_another_cookie(start: Start) -> None:
+    one = start("sleep")
+
+    assert tree.carries(one.popen.pid, one.cookie)
+    assert not tree.carries(one.popen.pid, one.cookie[:-1])
+    assert not tree.carries(one.popen.pid, one.cookie + "x")
+
+
+@pytest.mark.usefixtures("platform")
+def test_nobody_carries_a_cookie_where_there_is_nobody() -> None:
+    assert not tree.carries(NOBODY, "cookie")
+
+
+# Sessions whose number got a new owner (scripted: Linux would need a full turn of its pids for each)
+
+ROOT = Process(NOBODY, 100.0)
+MEMBER = Entry(Process(NOBODY + 1, 101.0), 1, NOBODY, False)
+STRANGER = Entry(Process(NOBODY + 2, 900.0), 1, NOBODY, False)
+LEADER = Entry(ROOT, 1, NOBODY, False)
+OTHER_LEADER = Entry(other_start(ROOT), 1, NOBODY, False)
+
+
+def members_of(*scans: list[Entry]) -> list[set[Process]]:
+    """The members that a family finds in these scans, one after the other."""
+    turns = iter(scans)
+    family = Family(ROOT, "cookie", scan=lambda: next(turns))
+    return [family.members() for _ in scans]
+
+
+def test_a_session_is_ours_while_one_of_ours_is_in_it() -> None:
+    alone = [MEMBER, STRANGER]
+    assert members_of([LEADER, MEMBER], alone) == [{ROOT, MEMBER.process}, {MEMBER.process, STRANGER.process}]
+    assert members_of([LEADER._replace(dead=True), MEMBER]) == [{MEMBER.process}]
+
+
+def test_a_session_that_was_empty_once_is_not_ours_any_more() -> None:
+    assert members_of([LEADER], [], [STRANGER]) == [{ROOT}, set(), set()]
+
+
+def test_a_session_led_by_a_stranger_is_not_ours() -> None:
+    assert members_of([LEADER], [OTHER_LEADER, STRANGER], [STRANGER]) == [{ROOT}, set(), set()]
+
+
+def test_children_of_a_stranger_with_a_known_pid_are_not_ours() -> None:
+    child = Entry(Process(NOBODY + 9, 950.0), MEMBER.process.pid, 1, False)
+    reused = MEMBER._replace(process=other_start(MEMBER.process), session=1)
+    assert members_of([LEADER, MEMBER, child]) == [{ROOT, MEMBER.process, child.process}]
+    assert members_of([LEADER, MEMBER], [LEADER, reused, child]) == [{ROOT, MEMBER.process}, {ROOT}]
+
+
+def test_members_are_found_at_any_depth(start: Start) -> None:
+    one = start("tree", "4", children=4)
+
+    assert one.family(scan=without_sessions, cookie="another").members() == one.everything
+
+
+def test_a_process_that_vanishes_during_a_scan_is_passed_over(start: Start) -> None:
+    one = start("sleep")
+    vanished = [MEMBER._replace(session=0), Entry(Process(NOBODY + 3, 1.0), NOBODY + 4, 0, False)]
+
+    assert one.family(scan=lambda: [*vanished, *scan()]).members() == {one.root}
+
+
+# Ending
+
+
+@pytest.mark.usefixtures("platform")
+async def test_who_obeys_term_ends_by_it(start: Start) -> None:
+    one = start("sleep")
+    family = one.family()
+    await family.end(60.0)
+
+    assert one.popen.wait(10) == -signal.SIGTERM
+    assert family.ended == {one.root}
+
+
+async def test_who_ignores_term_is_killed_after_the_grace(start: Start) -> None:
+    one = start("ignore-term")
+    began = time.monotonic()
+    await one.family().end(0.3)
+
+    assert time.monotonic() - began >= 0.3
+    assert one.popen.wait(10) == -signal.SIGKILL
+
+
+async def test_who_is_slow_to_obey_is_not_killed_within_the_grace(start: Start) -> None:
+    one, other = start("slow-term", "0.3"), start("slow-term", "600")
+    await one.family().end(60.0)
+    await other.family().end(0.2)
+
+    assert one.popen.communicate()[0] == b"TERM\nTIDY\n"
+    assert one.popen.returncode == 0
+    assert other.popen.wait(10) == -signal.SIGKILL, "the negative control"
+
+
+@pytest.mark.parametrize(
+    ("mode", "children"),
+    [("sh-wait", 2), ("setsid", 1), ("daemon", 1), ("daemon-exit", 1), ("keep-stdout", 1), ("tree", 3)],
+)
+async def test_nothing_is_left_of_a_tree(start: Start, mode: str, children: int) -> None:
+    one = start(mode, children=children)
+    assert one.alive >= set(one.children)
+    family = one.family()
+    await family.end(5.0)
+
+    assert one.alive == set()
+    assert set(one.children) <= family.ended
+    assert misbehave.survivors(one.cookie) == {}
+
+
+async def test_to_signal_only_the_root_leaves_its_children(start: Start) -> None:
+    one = start("sh-wait", children=2)
+    send(one.root, signal.SIGTERM)
+    one.popen.wait(10)
+
+    assert one.alive == set(one.children), "the negative control of the test above"
+
+
+async def test_one_deaf_member_does_not_keep_the_others_from_ending_politely(start: Start) -> None:
+    one = start("nohup", children=1)
+    one.popen.wait(10)
+    family = one.family()
+    await family.end(0.2)
+
+    assert one.alive == set()
+    assert family.ended == set(one.children)
+
+
+@pytest.mark.usefixtures("platform")
+async def test_a_stopped_process_is_woken_to_obey(start: Start) -> None:
+    one = start("stop-itself")
+    one.becomes(os.WSTOPPED)
+    await one.family().end(60.0)
+
+    assert one.popen.wait(10) == -signal.SIGTERM
+
+
+async def test_a_fork_storm_is_ended_within_five_seconds(start: Start) -> None:
+    one = start("forker", "0.005", children=20)
+    with anyio.fail_after(5):
+        await one.family().end(0.2)
+
+    assert one.popen.wait(10) == -signal.SIGKILL
+    assert misbehave.survivors(one.cookie) == {}
+
+
+async def test_to_kill_a_fork_storm_once_is_not_enough(start: Start) -> None:
+    one = start("forker", "0.005", children=20)
+    for process in one.family().members() - {one.root}:
+        send(process, signal.SIGKILL)
+    one.says("CHILD", 5)
+
+    assert len(misbehave.survivors(one.cookie)) > 1, "the negative control of the test above"
+
+
+async def test_to_end_what_has_ended_is_fine(start: Start) -> None:
+    one = start("exit")
+    one.popen.wait(10)
+    family = one.family()
+    with anyio.fail_after(5):
+        await family.end(60.0, 60.0)
+
+    assert family.ended == family.survivors == set()
+
+
+async def test_who_leaves_by_himself_while_things_settle_gets_no_signal(start: Start) -> None:
+    one = start("sleep", "0.3")
+    family = one.family()
+    await family.end(60.0, settle=60.0)
+    assert one.popen.wait(10) == 0
+    assert family.ended == set()
+
+    other = start("sleep", "60")
+    await other.family().end(60.0, settle=0.1)
+    assert other.popen.wait(10) == -signal.SIGTERM, "the negative control"
+
+
+@pytest.mark.parametrize("settle", [0.0, 60.0])
+async def test_a_second_call_hurries_the_first(start: Start, settle: float) -> None:
+    one = start("slow-term", "600")
+    family = one.family()
+    with anyio.fail_after(10):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(family.end, 60.0, settle)
+            await anyio.wait_all_tasks_blocked() if settle else await anyio.to_thread.run_sync(one.says, "TERM")
+            await family.end(0.0)
+
+    assert one.popen.wait(10) == -signal.SIGKILL or settle
+    assert one.alive == set()
+    assert family.ended == {one.root}
+
+
+async def test_a_second_call_with_a_longer_grace_changes_nothing(start: Start) -> None:
+    one = start("ignore-term")
+    family = one.family()
+    with anyio.fail_after(10):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(family.end, 0.2)
+            tasks.start_soon(family.end, 60.0)
+
+    assert one.popen.wait(10) == -signal.SIGKILL
+
+
+async def test_a_patient_second_call_waits_for_the_first(start: Start) -> None:
+    one = start("slow-term", "0.5")
+    family = one.family()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(family.end, 60.0)
+        await anyio.to_thread.run_sync(one.says, "TERM")
+        await family.end(0.0, hurry=False)
+
+    assert one.popen.communicate()[0] == b"TIDY\n"
+    assert one.popen.returncode == 0
+
+
+async def test_a_call_after_another_one_has_its_own_grace(start: Start) -> None:
+    one, other = start("exit"), start("slow-term", "0.3")
+    one.popen.wait(10)
+    family = Family(one.root, other.cookie, scan=lambda: scan() if later else ())
+    later = False
+    await family.end(0.0)
+    later = True
+    await family.end(60.0)
+
+    assert other.popen.wait(10) == 0
+
+
+async def test_a_cancelled_end_can_be_called_again(start: Start) -> None:
+    one = start("ignore-term")
+    family = one.family()
+    with anyio.move_on_after(0.05) as scope:
+        await family.end(60.0)
+    assert scope.cancelled_caught
+    await family.end(0.0)
+
+    assert one.popen.wait(10) == -signal.SIGKILL
+
+
+async def test_what_cannot_be_killed_is_named(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tree, "KILL_SECONDS", 0.2)
+    one = start("sleep")
+    family = one.family(scan=lambda: [*scan(), MEMBER._replace(session=one.popen.pid)])
+    await family.end(0.0)
+
+    assert family.survivors == {MEMBER.process}
+    assert one.popen.wait(10) in (-signal.SIGTERM, -signal.SIGKILL)
+
+
+async def test_a_survivor_that_has_gone_is_forgotten(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tree, "KILL_SECONDS", 0.0)
+    one, stubborn = start("sleep"), [MEMBER]
+    family = one.family(scan=lambda: [*scan(), *(e._replace(session=one.popen.pid) for e in stubborn)])
+    await family.end(0.0)
+    assert family.survivors
+    stubborn.clear()
+    await family.end(0.0)
+
+    assert family.survivors == set()
+
+
+async def test_waiting_costs_no_scans(start: Start) -> None:
+    counter = itertools.count()
+
+    def counted() -> Iterable[Entry]:
+        next(counter)
+        return scan()
+
+    one = start("slow-term", "1")
+    await one.family(scan=counted).end(60.0)
+
+    assert one.popen.wait(10) == 0
+    assert next(counter) <= 6
+
+
+async def test_each_scan_looks_at_each_process_once() -> None:
+    looks: list[int] = []
+
+    class Counted(Family):
+        def _is_ours(self, pid: int, entry: Entry) -> bool:
+            looks.append(pid)
+            return super()._is_ours(pid, entry)
+
+    entries = list(scan())
+    Counted(ROOT, "cookie", scan=lambda: entries).members()
+
+    assert sorted(looks) == sorted(entry.process.pid for entry in entries)
+
+
+async def test_two_families_beside_each_other_do_not_touch(start: Start) -> None:
+    one, other = start("daemon", children=1), start("daemon", children=1)
+    await one.family().end(5.0)
+
+    assert one.alive == set()
+    assert other.alive == other.everything
+
+
+# Names for people
+
+
+def test_a_process_is_described_without_its_arguments(start: Start) -> None:
+    one = start(["sh", "-c", "echo READY; sleep 600 # secret"])
+
+    assert describe(one.root) == f"{one.popen.pid} (sh)"
+    assert describe(Process(NOBODY, 1.0)) == str(NOBODY)
