@@ -35,8 +35,10 @@ class Facts:
     reason_text: str = ""
     result: BaseWorkerResult | None = None
     error: BaseException | None = None
-    started: bool = False
-    configured_command: bool = False
+    may_live_on: bool = False
+    """Its infrastructure may outlive our losing sight of it, and then its own engine reports."""
+    must_report: bool = False
+    """It was the engine that ran, whose exit code 0 is a promise to have reported."""
 
 
 @dataclass(frozen=True)
@@ -95,9 +97,8 @@ def decide(facts: Facts, history: Sequence[State]) -> Proposal | None:
     if isinstance(facts.error, DeploymentGone):
         return Proposal("CANCELLED", "Cancelled", str(facts.error), force=True)
     if facts.result is None:
-        # Once it was started, infrastructure may go on without us; its own engine reports.
         text = f"Flow run could not be submitted to infrastructure. {one_line(facts.error)}"
-        return None if facts.started else Proposal("CRASHED", "Crashed", text)
+        return None if facts.may_live_on else Proposal("CRASHED", "Crashed", text)
     return _judge_exit(facts.result.status_code, current, facts)
 
 
@@ -108,10 +109,10 @@ def _judge_exit(code: int, current: State, facts: Facts) -> Proposal | None:
         return None
     if code != 0:
         text = f"Flow run infrastructure exited with non-zero status code {code}."
-    elif current.type in ("PENDING", "RUNNING") and not facts.configured_command:
+    elif current.type in ("PENDING", "RUNNING") and facts.must_report:
         text = "The flow run process ended without reporting a state."
     else:
-        return None  # a configured command may hand the work to somebody else
+        return None  # a command of somebody's own may hand the work elsewhere
     return Proposal("CRASHED", "Crashed", _message(text, facts))
 
 

@@ -89,6 +89,7 @@ class ProcessWorker(BaseWorker[ProcessJobConfiguration, ProcessVariables, Proces
     job_configuration = ProcessJobConfiguration
     job_configuration_variables = ProcessVariables
     extra_variables = frozenset({"python", "timeout_seconds", "grace_seconds", "leftovers"})
+    ends_with_run = True
 
     _description = "Runs each flow run as one process on this host, and leaves nothing behind."
     _display_name = "Process"

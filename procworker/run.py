@@ -75,6 +75,7 @@ class Host(Protocol):
     backend_id: UUID | None
     job_configuration: Any
     extra_variables: ClassVar[frozenset[str]]
+    ends_with_run: ClassVar[bool]
     _work_pool: WorkPool | None
     _base_job_template: dict[str, Any] | None
 
@@ -321,13 +322,14 @@ class Run:
         if not owns(history, self.transition_id):
             self.log.info("Flow run %r was deleted or started again elsewhere", self.flow_run.name)
             return None
+        ends_with_run = self._host.ends_with_run
         facts = Facts(
             self.reason,
             self.reason_text,
             self.result,
             self.error,
-            self.identifier is not None,
-            self._configured_command,
+            may_live_on=self.identifier is not None and not ends_with_run,
+            must_report=ends_with_run and not self._configured_command,
         )
         proposal = decide(facts, history)
         if proposal is None or carries_id(history[-1], transition_id):

@@ -53,6 +53,8 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
     job_configuration_variables: builtins.type[V] | None
     extra_variables: ClassVar[frozenset[str]] = frozenset()
     """Job variables that a pool made by Prefect does not know; added to its template when it has none of them."""
+    ends_with_run: ClassVar[bool] = False
+    """Whether nothing of a flow run is left when `run` returns or raises."""
 
     def __init__(
         self,

@@ -72,14 +72,14 @@ def test_a_non_zero_exit_is_a_crash_that_tells_code_and_remarks() -> None:
 
 
 @pytest.mark.parametrize("last", ["PENDING", "RUNNING"])
-def test_exit_0_without_a_report_is_a_crash_of_the_engine_but_not_of_a_configured_command(last: str) -> None:
+def test_exit_0_without_a_report_is_a_crash_of_the_engine_but_not_of_a_command_of_ones_own(last: str) -> None:
     states = history("SCHEDULED", "PENDING", *(["RUNNING"] if last == "RUNNING" else []))
 
-    proposal = decide(Facts(result=exited(0)), states)
+    proposal = decide(Facts(result=exited(0), must_report=True), states)
 
     assert proposal is not None
     assert "without reporting" in proposal.message
-    assert decide(Facts(result=exited(0), configured_command=True), states) is None
+    assert decide(Facts(result=exited(0)), states) is None
 
 
 def test_a_run_that_scheduled_or_suspended_itself_is_left_alone() -> None:
@@ -116,7 +116,9 @@ def test_what_could_not_be_started_tells_why() -> None:
 
 
 def test_infrastructure_that_was_lost_sight_of_is_left_to_its_engine() -> None:
-    assert decide(Facts(error=OSError("gone"), started=True), history(*RUNNING)) is None
+    lost = OSError("gone")
+    assert decide(Facts(error=lost, may_live_on=True), history(*RUNNING)) is None
+    assert decide(Facts(error=lost), history(*RUNNING)) is not None
 
 
 def test_a_run_without_its_deployment_is_cancelled() -> None:

@@ -64,11 +64,14 @@ async def _run(settings: Settings, arguments: argparse.Namespace) -> int:
 
     from procworker.cli.common import embedded, wait_for_server
     from procworker.submission import entrypoint_of
+    from procworker.system.interpreter import find_interpreter
 
     parameters = parse_parameters(arguments.param)
     kind = kind_of(arguments.target)
     if kind == "entrypoint":
         entrypoint_of(arguments.target)  # a typing error shows before a server is started for it
+    if kind == "entrypoint" or arguments.python:
+        find_interpreter(arguments.python, os.environ)  # and a Python without Prefect before a flow run is made
     keep = not os.environ.get("CI") if arguments.keep is None else arguments.keep
     async with AsyncExitStack() as stack:
         if settings.api_url:
@@ -138,7 +141,7 @@ def parse_parameters(pairs: list[str]) -> dict[str, Any]:
         if not equals or not key:
             raise ConfigurationError(f"parameter {pair!r} must be written KEY=VALUE")
         try:
-            parameters[key] = json.loads(value)
+            parameters[key] = json.loads(value, parse_constant=str)  # NaN and Infinity are not JSON
         except ValueError:
             parameters[key] = value
     return parameters
@@ -185,4 +188,7 @@ async def _submit(worker: ProcessWorker, kind: str, target: str, parameters: dic
         return await worker.execute(flow_run, transition_id)
     if parameters:
         raise ConfigurationError("an existing flow run has its parameters already: leave out --param")
-    return await worker.execute(await worker.client.read_flow_run(UUID(target)))
+    existing = await worker.client.read_flow_run(UUID(target))
+    if existing.state_type != "SCHEDULED":
+        raise ConfigurationError(f"flow run {existing.name!r} is {existing.state_name}: only a scheduled one can be run")
+    return await worker.execute(existing)

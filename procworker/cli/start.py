@@ -93,11 +93,20 @@ async def _start(settings: Settings, arguments: argparse.Namespace) -> int:
 
 
 async def _build(settings: Settings, arguments: argparse.Namespace) -> Any:
+    import os
+
     from procworker.cli.common import worker_class
+    from procworker.errors import ConfigurationError
+    from procworker.process import ProcessWorker
+    from procworker.system.interpreter import find_interpreter
 
     template = _read_template(arguments.base_job_template) if arguments.base_job_template else None
     cls = worker_class(await _discover_type(settings, arguments))
-    own = {"python": arguments.python} if arguments.python else {}
+    own: dict[str, Any] = {}
+    if arguments.python:
+        if not issubclass(cls, ProcessWorker):
+            raise ConfigurationError(f"workers of type {cls.type!r} start no Python: leave out --python")
+        own["python"] = find_interpreter(arguments.python, os.environ).path
     return cls(
         arguments.pool,
         arguments.work_queue,

@@ -399,7 +399,7 @@ def test_worker_and_pool_are_recorded_as_labels(outcomes: Outcomes) -> None:
         "prefect.work-pool.id": outcomes.pool["id"],
     }
     for run in outcomes.with_engine:
-        assert labels.items() <= run.flow_run["labels"].items()
+        assert labels.items() <= run.flow_run["labels"].items(), str(run)
 
 
 @pytest.mark.parametrize("version", ["3.8"])

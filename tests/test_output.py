@@ -1,0 +1,408 @@
+"""Following a run's output: lines whatever the pieces, bounded memory, secrets masked, nothing lost but on purpose."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import stat
+import subprocess
+import sys
+import tempfile
+import tracemalloc
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import misbehave
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from procworker.system.output import (
+    CHUNK,
+    LINE_LIMIT,
+    TAIL_LINES,
+    Follower,
+    Mask,
+    RunDirectory,
+    Sink,
+    _Stream,
+    print_line,
+)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> RunDirectory:
+    return RunDirectory.create(tmp_path, "run")
+
+
+class Output:
+    """A follower at work: what it said, and what it was told."""
+
+    def __init__(self, directory: RunDirectory, sink: Sink | None = None) -> None:
+        self.directory = directory
+        self.lines: list[tuple[str, str]] = []
+        self.moved = anyio.Event()
+        self.follower = Follower(directory, sink or self.take)
+
+    def take(self, stream: str, line: str) -> None:
+        self.lines.append((stream, line))
+        self.moved.set()
+
+    @property
+    def stdout(self) -> list[str]:
+        return [line for stream, line in self.lines if stream == "stdout"]
+
+    def write(self, data: bytes, stream: str = "stdout") -> None:
+        with open(getattr(self.directory, stream), "ab") as file:
+            file.write(data)
+
+    async def until(self, fact: Callable[[], Any]) -> None:
+        with anyio.fail_after(10):
+            while not fact():
+                self.moved = anyio.Event()
+                await self.moved.wait()
+
+    async def run(self, *argv: str) -> None:
+        """Run a command that writes to the two files."""
+        paths = (self.directory.stdout, self.directory.stderr)
+        out, err = (os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT) for path in paths)
+        try:
+            await anyio.run_process(argv, stdout=out, stderr=err)
+        finally:
+            os.close(out)
+            os.close(err)
+
+    @asynccontextmanager
+    async def followed(self) -> AsyncIterator[None]:
+        """Follow for the length of the block, then until the end."""
+        with anyio.fail_after(20):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self.follower.follow)
+                yield
+                self.follower.end()
+
+
+async def lines_of(directory: RunDirectory, data: bytes, stream: str = "stdout") -> list[str]:
+    """The lines of a finished output."""
+    output = Output(directory)
+    output.write(data, stream)
+    async with output.followed():
+        pass
+    return [line for _, line in output.lines]
+
+
+def in_pieces(tmp_path: Path, pieces: list[bytes]) -> list[str]:
+    """The lines of a file that grew in these pieces and was read after each."""
+    path = tmp_path / "grows"
+    path.write_bytes(b"")
+    stream, lines = _Stream("stdout", path), []
+    for piece in pieces:
+        with open(path, "ab") as file:
+            file.write(piece)
+        more = True
+        while more:
+            new, more = stream.read()
+            lines += new
+    return lines + stream.flush()
+
+
+# Lines
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.sampled_from([b"a", b"\n", b"\r", b"\r\n", b"\xe2", b"\x98\x83", b"\xff", b"\0", b"\x1b[1m", b" "])),
+    st.data(),
+)
+def test_lines_are_the_same_however_the_output_is_split(words: list[bytes], data: st.DataObject) -> None:
+    whole = b"".join(words)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(whole)))))
+    pieces = [whole[a:b] for a, b in zip([0, *cuts], [*cuts, len(whole)], strict=True)]
+    expected = [line.decode("utf-8", "replace") for line in re.split(rb"\r\n|\n|\r", whole)]
+    if not expected[-1]:
+        del expected[-1]
+
+    with tempfile.TemporaryDirectory() as folder:
+        assert in_pieces(Path(folder), pieces) == expected
+
+
+@pytest.mark.parametrize(
+    ("data", "lines"),
+    [
+        (b"", []),
+        (b"a", ["a"]),
+        (b"a\nb\n", ["a", "b"]),
+        (b"\n\n", ["", ""]),
+        (b"a\r\nb\r\n", ["a", "b"]),
+        (b"10%\r20%\r100%\n", ["10%", "20%", "100%"]),
+        (b"10%\r20%\r", ["10%", "20%"]),
+        (b"\xff\xfe\n", ["\ufffd\ufffd"]),
+        (b"\x1b[31mred\x1b[0m\n", ["\x1b[31mred\x1b[0m"]),
+        (b"a\0b\x0b\x0c\x1cc\n", ["a\0b\x0b\x0c\x1cc"]),
+        ("a\u2028b\u0085c\n".encode(), ["a\u2028b\u0085c"]),
+    ],
+)
+async def test_what_is_a_line(directory: RunDirectory, data: bytes, lines: list[str]) -> None:
+    assert await lines_of(directory, data) == lines
+
+
+async def test_lines_across_chunk_borders_stay_whole(directory: RunDirectory) -> None:
+    lines = [f"{number} {'☃' * 1000}" for number in range(3 * CHUNK // 3000 + 100)]
+    text = "".join(line + "\r\n" for line in lines).encode()
+    assert len(text) > 3 * CHUNK
+    assert await lines_of(directory, text) == lines
+
+
+async def test_both_streams_are_followed_each_in_order(directory: RunDirectory) -> None:
+    output = Output(directory)
+    async with output.followed():
+        for number in range(100):
+            output.write(b"out %d\n" % number)
+            output.write(b"err %d\n" % number, "stderr")
+            if number % 40 == 0:
+                await output.until(lambda n=number: len(output.lines) == 2 * n + 2)
+    assert output.stdout == [f"out {number}" for number in range(100)]
+    assert [line for stream, line in output.lines if stream == "stderr"] == [f"err {n}" for n in range(100)]
+
+
+async def test_a_line_is_shown_when_it_is_written_not_at_the_end(directory: RunDirectory) -> None:
+    output = Output(directory)
+    async with output.followed():
+        output.write(b"first\nsecond")
+        await output.until(lambda: output.lines)
+        assert output.stdout == ["first"]
+    assert output.stdout == ["first", "second"]
+
+
+async def test_what_is_written_just_before_the_end_is_not_lost(directory: RunDirectory) -> None:
+    for turn in range(20):
+        output = Output(RunDirectory.create(directory.path, str(turn)))
+        async with output.followed():
+            await anyio.lowlevel.checkpoint()
+            output.write(b"last\n")
+        assert output.stdout == ["last"]
+
+
+async def test_no_output_at_all_is_fine(directory: RunDirectory) -> None:
+    output = Output(directory)
+    async with output.followed():
+        pass
+    assert output.lines == []
+    directory.remove()
+    async with Output(directory).followed():
+        pass
+
+
+# Real writers
+
+
+async def written_by(directory: RunDirectory, *mode: str) -> list[str]:
+    """The lines of a mode of misbehave.py after READY."""
+    output = Output(directory)
+    async with output.followed():
+        await output.run(sys.executable, "-S", "-E", misbehave.__file__, *mode)
+    assert output.stdout[0].startswith("READY ")
+    return output.stdout[1:]
+
+
+async def test_a_character_in_single_bytes_is_read_whole(directory: RunDirectory) -> None:
+    assert await written_by(directory, "split-text") == ["snow ☃ man"]
+
+
+async def test_binary_output_is_readable_and_harmless(directory: RunDirectory) -> None:
+    text = "".join(await written_by(directory, "binary"))
+    assert "ABC" in text
+    assert "\ufffd" in text
+
+
+async def test_a_huge_line_is_cut(directory: RunDirectory) -> None:
+    lines = await written_by(directory, "huge-line", "1000000")
+    assert "".join(lines) == "x" * 1_000_000
+    assert max(map(len, lines)) <= CHUNK + LINE_LIMIT
+
+
+async def test_a_writer_that_truncates_its_output_is_followed_on(directory: RunDirectory) -> None:
+    output = Output(directory)
+    async with output.followed():
+        output.write(b"a long first line\n")
+        await output.until(lambda: output.lines)
+        await output.run("sh", "-c", "echo x > /dev/stdout")
+        await output.until(lambda: len(output.lines) == 2)
+        output.write(b"y\n")
+    assert output.stdout == ["a long first line", "x", "y"]
+
+
+async def test_ten_megabytes_without_a_line_end_need_little_memory(directory: RunDirectory) -> None:
+    size = 10 * 1024 * 1024
+    seen = {"bytes": 0, "longest": 0}
+
+    def count(stream: str, line: str) -> None:
+        seen["bytes"] += len(line)
+        seen["longest"] = max(seen["longest"], len(line))
+
+    output = Output(directory, count)
+    for _ in range(10):
+        output.write(b"x" * (size // 10))
+    tracemalloc.start()
+    try:
+        async with output.followed():
+            pass
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert seen == {"bytes": size, "longest": LINE_LIMIT}
+    assert peak < 4 * 1024 * 1024 + TAIL_LINES * LINE_LIMIT
+
+
+async def test_a_flood_does_not_starve_the_event_loop(directory: RunDirectory) -> None:
+    output = Output(directory, lambda stream, line: None)
+    output.write((b"x" * 1023 + b"\n") * (20 * CHUNK // 1024))
+    turns = 0
+    async with output.followed():
+        while output.follower._streams[0]._offset < 20 * CHUNK:
+            await anyio.lowlevel.checkpoint()
+            turns += 1
+    assert turns >= 19
+
+
+async def test_a_writer_that_was_allowed_to_stay_does_not_keep_us(directory: RunDirectory) -> None:
+    """One that writes faster than we read would otherwise never let go."""
+    block, later = b"x" * 1023 + b"\n", itertools.repeat(b"y" * 1023 + b"\n", 10 * CHUNK // 1024)
+    seen: list[str] = []
+
+    def write_on(stream: str, line: str) -> None:
+        seen.append(line[0])
+        output.write(next(later, b"") * 2)
+
+    output = Output(directory, write_on)
+    output.write(block * (2 * CHUNK // 1024))
+    output.follower.end()
+    await output.follower.follow()
+    assert set(seen) == {"x"}
+    assert len(seen) == 2 * CHUNK // 1024
+
+
+# Who reads it
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(), OSError("disk full"), ValueError("I/O operation on closed file")])
+async def test_a_sink_that_fails_does_not_stop_the_run(directory: RunDirectory, error: Exception) -> None:
+    calls: list[str] = []
+
+    def fail(stream: str, line: str) -> None:
+        calls.append(line)
+        raise error
+
+    output = Output(directory, fail)
+    output.write(b"a\nb\n")
+    async with output.followed():
+        pass
+    assert calls == list(output.follower.tail) == ["a", "b"]
+
+
+async def test_without_a_sink_the_last_lines_are_kept_all_the_same(directory: RunDirectory) -> None:
+    follower = Follower(directory, None)
+    directory.stdout.write_bytes(b"a\nb")
+    follower.end()
+    await follower.follow()
+    assert list(follower.tail) == ["a", "b"]
+
+
+async def test_the_tail_is_the_last_twenty_lines_of_both_streams(directory: RunDirectory) -> None:
+    output = Output(directory)
+    async with output.followed():
+        output.write(b"".join(b"%d\n" % number for number in range(100)))
+        await output.until(lambda: len(output.lines) == 100)
+        output.write(b"error\n", "stderr")
+    assert list(output.follower.tail) == [*map(str, range(81, 100)), "error"]
+
+
+def test_lines_are_printed_where_they_belong(capsys: pytest.CaptureFixture[str]) -> None:
+    print_line("stdout", "out ☃")
+    print_line("stderr", "err ☃")
+    assert capsys.readouterr() == ("out ☃\n", "err ☃\n")
+
+
+def test_on_a_terminal_without_unicode_lines_are_escaped_not_dropped() -> None:
+    code = (
+        "from procworker.system.output import print_line; print_line('stdout', 'C:\\\\ ☃'); print_line('stderr', '☃')"
+    )
+    env = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-X", "utf8=0", "-c", code], capture_output=True, env=env)
+    assert (done.stdout, done.stderr) == (b"C:\\ \\u2603\n", b"\\u2603\n")
+
+
+# Secrets
+
+
+def test_secrets_are_masked_longest_first() -> None:
+    mask = Mask(["secret", "secret-and-more", "and-more"])
+    assert mask("secret-and-more, secret, and-more") == "***, ***, ***"
+
+
+def test_short_values_are_left_alone() -> None:
+    assert Mask(["", "12345", "a", "\n"])("12345 a\n") == "12345 a\n"
+    assert Mask(["123456"])("123456") == "***"
+    assert Mask([])("anything") == "anything"
+
+
+def test_secrets_are_no_patterns() -> None:
+    assert Mask([r"a.c(d|e)[f]*\1$^"])(r"say a.c(d|e)[f]*\1$^ but axcd") == "say *** but axcd"
+
+
+def test_a_secret_of_several_lines_is_masked_line_by_line() -> None:
+    key = "-----BEGIN KEY-----\n  MIIEvQIBADANBgk\nabc\n-----END KEY-----\n"
+    mask = Mask([key])
+    assert [mask(line) for line in key.splitlines()] == ["***", "  ***", "abc", "***"]
+
+
+@settings(deadline=None)
+@given(st.lists(st.text(st.characters(codec="ascii", categories=["L", "N", "P"]), min_size=6)), st.text(), st.text())
+def test_no_masked_text_holds_a_secret(secrets: list[str], before: str, after: str) -> None:
+    mask = Mask(secrets)
+    for secret in secrets:
+        assert secret.replace("*", "") == "" or secret not in mask(f"{before} {secret} {after}").replace("***", "")
+
+
+# The directory of a run
+
+
+def test_a_run_directory_is_private(tmp_path: Path) -> None:
+    old = os.umask(0)
+    try:
+        directory = RunDirectory.create(tmp_path / "not" / "yet", "name")
+    finally:
+        os.umask(old)
+    assert directory.path == tmp_path / "not" / "yet" / "runs" / "name"
+    assert stat.S_IMODE(directory.path.stat().st_mode) == 0o700
+    assert directory.stdout.parent == directory.stderr.parent == directory.path
+    assert directory.stdout != directory.stderr
+
+
+@pytest.mark.parametrize("where", ["home is a file", "runs is a file", "the name is taken"])
+def test_where_home_cannot_be_written_the_temporary_directory_serves(tmp_path: Path, where: str) -> None:
+    home = tmp_path / "home"
+    if where == "home is a file":
+        home.write_text("")
+    elif where == "runs is a file":
+        home.mkdir()
+        (home / "runs").write_text("")
+    else:
+        RunDirectory.create(home, "name")
+    directory = RunDirectory.create(home, "name")
+
+    assert directory.path.parent == Path(os.environ["TMPDIR"])
+    assert directory.path.name.startswith("procworker-run-")
+    assert stat.S_IMODE(directory.path.stat().st_mode) == 0o700
+
+
+def test_a_run_directory_goes_with_all_that_is_in_it(tmp_path: Path) -> None:
+    directory = RunDirectory.create(tmp_path, "name")
+    directory.stdout.write_text("x")
+    directory.remove()
+    directory.remove()
+    assert not directory.path.exists()
