@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -38,9 +39,9 @@ class Beside:
     def __getattr__(self, name: str) -> Any:
         """Attributes are the server's; its methods, async ones too, run in its loop and return when they are done."""
         found = getattr(self._server, name)
-        return partial(self._call, found) if callable(found) else found
+        return partial(self.call, found) if callable(found) else found
 
-    def _call(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    def call(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         return self._portal.call(partial(function, *args, **options))
 
 
@@ -56,10 +57,16 @@ def serving(**options: Any) -> Iterator[Beside]:
 
 def code_of(*argv: str) -> int:
     """The exit code of the command, run within this process."""
+    # The command sets up logging for its process, which here is that of all tests.
+    loggers = [logging.getLogger(name) for name in ("procworker", "prefect")]
+    before = [(list(logger.handlers), logger.level, logger.propagate) for logger in loggers]
     try:
         return main(argv)
     except SystemExit as ended:  # argparse, for --help and for usage errors
         return int(ended.code or 0)
+    finally:
+        for logger, (logger.handlers, level, logger.propagate) in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 class Command:
@@ -73,7 +80,8 @@ class Command:
             for number in ignoring:
                 signal.signal(number, signal.SIG_IGN)
 
-        path = os.pathsep.join(filter(None, [environ.pop("PYTHONPATH", ""), str(ROOT)]))
+        environ = {**os.environ, **environ}
+        path = os.pathsep.join(filter(None, [environ.get("PYTHONPATH"), str(ROOT)]))
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "procworker", *argv],
@@ -81,7 +89,7 @@ class Command:
                 stdout=out,
                 stderr=err,
                 cwd=place,
-                env={**os.environ, **environ, "PYTHONPATH": path},
+                env={**environ, "PYTHONPATH": path},
                 preexec_fn=ignore if ignoring else None,
             )
 

@@ -35,7 +35,7 @@ REAL = {name: os.environ.get(f"PROCWORKER_TEST_{name}") for name in ("PREFECT38"
 
 # Stands for uvicorn with Prefect's application: all that the bootstrap needs, and what can go wrong with it.
 FAKE_UVICORN = """
-import http.server, json, os, signal, sys, time
+import http.server, json, os, signal, sys, threading, time
 
 class Config:
     def __init__(self, app, **options):
@@ -60,6 +60,7 @@ class Server:
             raise TypeError("Body() got an unexpected keyword argument 'min_items'")
         if mode == "full":
             print("OSError: database or disk is full\\nERROR: startup failed", file=sys.stderr)
+            threading.Thread(target=time.sleep, args=(60,)).start()
             sys.exit(3)
         if mode == "hang":
             signal.pause()
@@ -253,6 +254,13 @@ async def test_a_kept_server_serves_the_next_user(home: Path) -> None:
     assert is_gone(row["pid"], row["keeper_pid"])
 
 
+async def test_the_longest_wish_to_keep_wins(home: Path) -> None:
+    async with use(home) as server, use(home, keep_seconds=60):
+        pass
+
+    assert [row["pid"] for row in server_status(home)] == [server.pid]
+
+
 async def test_a_kept_server_ends_when_its_time_is_over(home: Path) -> None:
     async with use(home, keep_seconds=0.5) as server:
         [row] = server_status(home)
@@ -352,6 +360,17 @@ async def test_a_process_that_took_over_a_pid_is_never_signalled(home: Path, cha
             assert server.pid != bystander.pid
         assert bystander.returncode is None
         bystander.kill()
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{}", '{"host"'])
+async def test_a_state_that_cannot_be_read_is_no_state(home: Path, text: str) -> None:
+    directory = home / "servers/3.9.9"
+    directory.mkdir(parents=True)
+    (directory / "state.json").write_text(text)
+
+    assert server_status(home) == []
+    async with use(home):
+        assert len(server_status(home)) == 1
 
 
 async def test_a_keeper_ends_with_its_server(home: Path) -> None:

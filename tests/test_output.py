@@ -333,7 +333,8 @@ def test_on_a_terminal_without_unicode_lines_are_escaped_not_dropped() -> None:
     )
     env = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-X", "utf8=0", "-c", code], capture_output=True, env=env)
-    assert (done.stdout, done.stderr) == (b"C:\\ \\u2603\n", b"\\u2603\n")
+    assert done.stdout == b"C:\\ \\u2603\n"
+    assert done.stderr.endswith(b"\\u2603\n")
 
 
 # Secrets

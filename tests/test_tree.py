@@ -258,6 +258,11 @@ def test_where_pidfds_are_refused_signals_still_arrive(
     assert one.popen.wait(10) == -signal.SIGKILL
 
 
+@pytest.mark.usefixtures("platform")
+def test_a_signal_that_there_is_not_is_not_sent(start: Start) -> None:
+    assert not send(start("sleep").root, 1000)
+
+
 def test_a_signal_leaves_no_descriptor_open(start: Start) -> None:
     one = start("sleep")
     before = os.listdir("/proc/self/fd")
@@ -508,6 +513,15 @@ async def test_a_stopped_process_is_woken_to_obey(start: Start) -> None:
     await one.family().end(60.0)
 
     assert one.popen.wait(10) == -signal.SIGTERM
+
+
+async def test_where_nothing_can_be_stopped_a_tree_is_ended_too(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tree, "_STOP", None)
+    monkeypatch.setattr(tree, "_CONT", None)
+    one = start("sh-wait", children=2)
+    await one.family().end(0.0)
+
+    assert one.alive == set()
 
 
 async def test_a_fork_storm_is_ended_within_five_seconds(start: Start) -> None:

@@ -99,6 +99,8 @@ async def _follow(settings: Settings, arguments: argparse.Namespace, kind: str, 
         began, cpu = time.monotonic(), children_cpu_seconds()
         future = await _submit(worker, kind, arguments.target, parameters)
         run = worker.runs[future.flow_run_id]
+        if received:  # before there was a run to cancel
+            interrupt(received[0])
         await future.wait_async()
         print(receipt(run, time.monotonic() - began, children_cpu_seconds() - cpu), flush=True)
     if received:

@@ -31,15 +31,16 @@ TICK_SECONDS = 0.2
 GRACE_SECONDS = 10.0
 LOG_BYTES = 4 * 1024 * 1024
 
-# Runs in the server's interpreter. The socket is bound before: nobody can take the port meanwhile.
-# (`uvicorn --fd` takes it for a Unix socket and, without TCP_NODELAY, answers each request 40 ms later.)
-# Standard input is a pipe that only the keeper holds: it ends when the keeper does, however that happens.
+# Runs in the server's interpreter, with a socket bound before: nobody can take the port meanwhile. (`uvicorn --fd`
+# takes it for a Unix socket and, without TCP_NODELAY, answers each request 40 ms later.) Standard input is a pipe
+# that only the keeper holds: it ends when the keeper does. A failed start may leave threads: do not wait for them.
 BOOTSTRAP = """
-import os, socket, sys, threading
+import os, socket, sys, threading, uvicorn
 threading.Thread(target=lambda: os._exit(os.read(0, 1) == b""), daemon=True).start()
-import uvicorn
 app = uvicorn.Config("prefect.server.api.server:create_app", factory=True, log_level="warning")
-uvicorn.Server(app).run(sockets=[socket.socket(fileno=int(sys.argv[1]))])
+try: uvicorn.Server(app).run(sockets=[socket.socket(fileno=int(sys.argv[1]))])
+except Exception: sys.excepthook(*sys.exc_info())
+finally: os._exit(3)
 """
 
 
@@ -98,7 +99,7 @@ def end_tree(process: list[Any], grace: float) -> None:
 
 def read_state(directory: Path) -> dict[str, Any] | None:
     """Read what the last keeper wrote about its server, unless it wrote in another boot or container."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, KeyError, TypeError):
         state = json.loads((directory / "state.json").read_bytes())
         return state if state["host"] == here() else None
     return None
@@ -128,9 +129,8 @@ def keep(directory: Path, python: str) -> None:
     finally:
         if (read_state(directory) or {}).get("keeper") == me:
             (directory / "state.json").unlink()
-        if server.poll() is None:
-            end_tree(child, GRACE_SECONDS)
-        else:
+        end_tree(child, GRACE_SECONDS)
+        if server.returncode is not None:
             print(f"The server ended with exit code {server.returncode}", flush=True)
 
 
@@ -145,10 +145,10 @@ def watch(server: subprocess.Popen[bytes], directory: Path, stop: Event) -> None
             return  # with the lease in hand: whoever comes now waits until this process is gone
         else:
             fcntl.flock(lease, fcntl.LOCK_UN)
-        with suppress(OSError):
-            if os.fstat(1).st_size > LOG_BYTES:
+        if os.fstat(1).st_size > LOG_BYTES:
+            with suppress(OSError):
                 shutil.copyfile(directory / "server.log", directory / "server.log.1")
-                os.ftruncate(1, 0)
+            os.ftruncate(1, 0)
 
 
 if __name__ == "__main__":

@@ -196,7 +196,7 @@ def server_env(environ: Mapping[str, str], directory: Path) -> dict[str, str]:
 
 def last_words(text: str) -> str:
     """Pick the line that says why a Python program died."""
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines = [line for line in text.splitlines() if line[:1].strip()]  # indented ones quote source code
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt|Exit)\b", line)]
     return (errors or lines or ["it said nothing"])[-1][:300]
 

@@ -15,8 +15,8 @@ from procworker.errors import ConfigurationError
 
 _PROBE = """
 import importlib.util, sys
-sys.path[:] = filter(None, sys.path)
-if importlib.util.find_spec("prefect") is None: sys.exit(3)
+# A mere folder of that name, perhaps in the current directory, has no origin.
+if getattr(importlib.util.find_spec("prefect"), "origin", None) is None: sys.exit(3)
 from importlib.metadata import version
 print(version("prefect"))
 """
