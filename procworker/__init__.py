@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # type checkers know this name; importing typing for it costs as much as argparse
 if TYPE_CHECKING:
+    from typing import Any
+
     from procworker.configuration import BaseJobConfiguration, BaseVariables, BaseWorkerResult
     from procworker.process import (
         ProcessJobConfiguration,
@@ -40,6 +40,8 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     # `procworker --version` must not pay for pydantic and httpx.
+    import importlib
+
     for module, names in _HOMES.items():
         if name in names:
             return getattr(importlib.import_module(f"procworker.{module}"), name)

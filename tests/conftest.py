@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -42,4 +44,7 @@ def no_survivors() -> Iterator[Callable[[str], None]]:
     watched: list[str] = []
     yield watched.append
     found = {pid: command for cookie in watched for pid, command in survivors(cookie).items()}
+    for pid in found:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     assert not found, f"still running: {found}"

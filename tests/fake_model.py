@@ -213,7 +213,8 @@ def orchestrate(run: Run, new: State, old_server: bool) -> Verdict:
         renamed = current.type == "PENDING" and new.name not in ("Pending", current.name)
         if old_server or not renamed:
             return Verdict("ABORT", reason=f"A run that is {current.type} cannot become PENDING.")
-    if change == ("PAUSED", "PENDING") or (new.type == "PAUSED" and current.type != "RUNNING"):
+    stays_paused = change == ("PAUSED", "PENDING") or (old_server and change == ("PAUSED", "CANCELLING"))
+    if stays_paused or (new.type == "PAUSED" and current.type != "RUNNING"):
         return Verdict("REJECT", reason=f"A run that is {current.type} cannot become {new.type}.")
     if new.type == "PENDING" and current.scheduled_time and not new.scheduled_time:
         new.state_details["scheduled_time"] = current.state_details["scheduled_time"]

@@ -22,7 +22,10 @@ from fake_model import TYPES, Model, Row, Run, State, new_state, now, parse_time
 T = TypeVar("T")
 Answer = tuple[int, Any]
 ROUTES: list[tuple[str, re.Pattern[str], Callable[..., Answer]]] = []
-NEW_RUN = "name state parameters context tags job_variables empirical_policy idempotency_key"
+NEW_RUN = (
+    "name state parameters context tags empirical_policy idempotency_key parent_task_run_id "
+    "infrastructure_document_id"
+)
 DETAILS = "transition_id scheduled_time pause_timeout pause_reschedule deployment_concurrency_lease_id"
 NEW_POOL = "description base_job_template is_paused concurrency_limit storage_configuration"
 
@@ -221,7 +224,7 @@ class FakeServer(FakeHttp, Model):
         pool = find(self.pools, name, "Work pool")
         given = body(request, "heartbeat_interval_seconds return_id metadata", "name")
         interval = given.get("heartbeat_interval_seconds")
-        if interval is not None and interval != int(interval):
+        if interval is not None and interval != int(interval) and not self.old:
             raise Refused(422, "heartbeat_interval_seconds: Input should be a valid integer")
         worker = self.workers.setdefault((name, given["name"]), {"id": uuid4(), "heartbeats": 0})
         worker.update(heartbeats=worker["heartbeats"] + 1, interval=interval, time=now())
@@ -277,8 +280,7 @@ class FakeServer(FakeHttp, Model):
     @route("POST", "/deployments/{id}/create_flow_run")
     def _create_deployment_run(self, request: Request, id: str) -> Answer:
         deployment = find(self.deployments, id, "Deployment")
-        optional = "parent_task_run_id enforce_parameter_schema work_queue_name infrastructure_document_id"
-        given, state = self._new_run(request, optional)
+        given, state = self._new_run(request, "job_variables enforce_parameter_schema work_queue_name")
         queue = given.pop("work_queue_name", None)
         pool = deployment.work_pool_name
         place = self.queue_in(pool, queue) if pool and queue else None
@@ -288,8 +290,8 @@ class FakeServer(FakeHttp, Model):
 
     @route("POST", "/flow_runs")
     def _create_flow_run(self, request: Request) -> Answer:
-        optional = "parent_task_run_id deployment_id flow_version work_pool_name work_queue_name"
-        given, state = self._new_run(request, f"{optional} infrastructure_document_id", "flow_id")
+        newer = "" if self.old else "job_variables work_pool_name work_queue_name"
+        given, state = self._new_run(request, f"deployment_id flow_version {newer}", "flow_id")
         given["flow_id"] = find(self.flows, given["flow_id"], "Flow").id
         pool, queue = given.pop("work_pool_name", None), given.pop("work_queue_name", None)
         place = self.queue_in(find(self.pools, pool, "Work pool").name, queue or "") if pool else None
@@ -330,7 +332,7 @@ class FakeServer(FakeHttp, Model):
     @route("POST", "/flow_runs/{id}/set_state")
     def _set_run_state(self, request: Request, id: str) -> Answer:
         run, given = find(self.runs, id, "Flow run"), body(request, "force", "state")
-        before, state = len(run.states), _state(given["state"] or {})
+        before, state = len(run.states), _state(given["state"] or {}, "id timestamp" if self.old else "")
         assert state is not None
         verdict = self.propose(run, state, bool(given.get("force")))
         details: Row = {"type": f"{verdict.status.lower()}_details"}
@@ -392,14 +394,18 @@ class FakeServer(FakeHttp, Model):
         return 204, None
 
 
-def _state(given: Any) -> State | None:
+def _state(given: Any, ignored: str = "") -> State | None:
     """The state in a body; None when there is none."""
     if given is None:
         return None
-    given = checked(given, "name message data state_details", "type")
+    given = checked(given, f"name message data state_details {ignored}", "type")
     if given["type"] not in TYPES:
         raise Refused(422, f"unknown state type {given['type']!r}")
     details = {k: v for k, v in (given.get("state_details") or {}).items() if k in DETAILS.split() and v}
+    try:
+        details |= {k: str(UUID(v)) for k, v in details.items() if k == "transition_id"}
+    except ValueError:
+        raise Refused(422, "transition_id: Input should be a valid UUID") from None
     state = new_state(given["type"], given.get("name"), given.get("message"), **details)
     state.data = given.get("data")
     return state

@@ -108,8 +108,9 @@ def stop_itself() -> None:
 @mode
 def sh_wait() -> None:
     """A shell between us and the one that matters."""
-    shell = subprocess.Popen(["sh", "-c", f"sleep {FOREVER:.0f} & echo CHILD $!; wait"])
-    say("CHILD", shell.pid)
+    tell, told = os.pipe()
+    shell = start(["sh", "-c", f"sleep {FOREVER:.0f} & echo $! >&{told}; wait"], pass_fds=[told])
+    say("CHILD", int(os.read(tell, 99)))
     ready()
     shell.wait()
 
@@ -183,9 +184,15 @@ def forker(every: str = "0.005") -> None:
 @mode
 def tree(depth: str = "3") -> None:
     """A chain of this many descendants, each the parent of the next, all asleep."""
-    if int(depth):
-        start([sys.executable, "-S", "-E", os.path.abspath(__file__), "tree", str(int(depth) - 1)])
-    ready()
+    root, (tell, told) = os.getpid(), os.pipe()
+    for _ in range(int(depth)):
+        if os.fork():
+            break
+        say("CHILD", os.getpid())
+    os.close(told)
+    if os.getpid() == root:
+        os.read(tell, 1)  # ends when the last of them has closed its end
+        ready()
     wait()
 
 

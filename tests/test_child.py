@@ -68,7 +68,7 @@ async def test_exit_codes_arrive(place: Place, code: int) -> None:
 
 @pytest.mark.parametrize("number", [1, 2, 3, 6, 9, 11, 13, 14, 15])
 async def test_signals_arrive_as_negative_numbers(place: Place, number: int) -> None:
-    code, _, _ = await place.run("sh", "-c", f"ulimit -c 0; kill -{number} $$; sleep 60")
+    code, _, _ = await place.run(*MISBEHAVE, "die", str(number))
     assert code == -number
 
 

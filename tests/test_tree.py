@@ -67,8 +67,9 @@ class Started:
         return {process for process in self.everything if is_alive(process)}
 
     def clean_up(self) -> None:
-        for process in self.everything:
+        for process in set(self.children):
             send(process, signal.SIGKILL)
+        self.popen.kill()
         while left := misbehave.survivors(self.cookie):
             for pid in left:
                 os.kill(pid, signal.SIGKILL)
@@ -633,6 +634,41 @@ async def test_what_cannot_be_killed_is_named(start: Start, monkeypatch: pytest.
 
     assert family.survivors == {MEMBER.process}
     assert one.popen.wait(10) in (-signal.SIGTERM, -signal.SIGKILL)
+
+
+async def test_one_scan_that_finds_nobody_proves_nothing(start: Start) -> None:
+    one, turns = start("ignore-term"), itertools.count()
+    await one.family(scan=lambda: () if next(turns) == 1 else scan()).end(0.0)
+
+    assert one.alive == set()
+
+
+async def test_what_forks_is_stopped_before_it_is_killed(start: Start) -> None:
+    """So that a child born between the scan and the signal is found by the look after the stop."""
+    one, turns, deadline = start("ignore-term"), itertools.count(), time.monotonic() + 5
+    seen = None
+
+    def watched() -> Iterable[Entry]:
+        nonlocal seen
+        if next(turns) == 2:
+            while not seen and time.monotonic() < deadline:
+                seen = os.waitid(os.P_PID, one.popen.pid, os.WSTOPPED | os.WNOWAIT | os.WNOHANG)
+        return scan()
+
+    await one.family(scan=watched).end(0.0)
+
+    assert seen
+    assert one.popen.wait(10) == -signal.SIGKILL
+
+
+async def test_who_is_born_during_the_killing_counts_as_ended(start: Start) -> None:
+    one, other, turns = start("ignore-term"), start("sleep"), itertools.count()
+    late = Entry(other.root, 1, one.popen.pid, False)
+    family = one.family(scan=lambda: [*scan(), late] if next(turns) else scan())
+    await family.end(0.0)
+
+    assert family.ended == {one.root, other.root}
+    assert other.alive == set()
 
 
 async def test_a_survivor_that_has_gone_is_forgotten(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:

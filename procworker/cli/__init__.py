@@ -35,6 +35,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code (README: exit codes)."""
+    argv = sys.argv[1:] if argv is None else argv
+    if list(argv) == ["--version"]:  # asked often, by machines: not worth building the parser for
+        print(f"procworker {__version__}")
+        return 0
     arguments = build_parser().parse_args(argv)
     try:
         code: int = arguments.execute(arguments)

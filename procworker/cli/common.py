@@ -6,9 +6,10 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from asyncio import CancelledError
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 
@@ -17,9 +18,19 @@ from procworker.server.client import Client
 from procworker.settings import Settings
 from procworker.worker import BaseWorker
 
+T = TypeVar("T")
+
 KEEP_SECONDS = 600.0
 SAME_SIGNAL_SECONDS = 1.0
 """Signals closer together count once: Ctrl-C may hit the whole group and be forwarded as well."""
+
+
+def run_loop(function: Callable[..., Awaitable[T]], *arguments: Any) -> T:
+    """Run a coroutine function to its end in an event loop of its own; Ctrl-C is a KeyboardInterrupt."""
+    try:
+        return anyio.run(function, *arguments)
+    except CancelledError:  # what comes of Ctrl-C before Python 3.11
+        raise KeyboardInterrupt from None
 
 
 def set_up_logging(level: str) -> None:

@@ -11,9 +11,11 @@ Examples:
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # see procworker/__init__.py
 if TYPE_CHECKING:
+    from typing import Any
+
     from procworker.process import ProcessWorker
     from procworker.server.models import FlowRun
     from procworker.settings import Settings
@@ -48,14 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    import anyio
-
-    from procworker.cli.common import set_up_logging
+    from procworker.cli.common import run_loop, set_up_logging
     from procworker.settings import Settings
 
     settings = Settings.load(profile=arguments.profile)
     set_up_logging("WARNING" if settings.logging_level == "INFO" else settings.logging_level)
-    return anyio.run(_run, settings, arguments)
+    return run_loop(_run, settings, arguments)
 
 
 async def _run(settings: Settings, arguments: argparse.Namespace) -> int:
@@ -192,5 +192,7 @@ async def _submit(worker: ProcessWorker, kind: str, target: str, parameters: dic
         raise ConfigurationError("an existing flow run has its parameters already: leave out --param")
     existing = await worker.client.read_flow_run(UUID(target))
     if existing.state_type != "SCHEDULED":
-        raise ConfigurationError(f"flow run {existing.name!r} is {existing.state_name}: only a scheduled one can be run")
+        raise ConfigurationError(
+            f"flow run {existing.name!r} is {existing.state_name}: only a scheduled one can be run"
+        )
     return await worker.execute(existing)

@@ -18,13 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(arguments: argparse.Namespace) -> int:
     import json
 
-    import anyio
-
+    from procworker.cli.common import run_loop
     from procworker.local.server import server_status, stop_servers
     from procworker.settings import Settings
 
     home = Settings.load(profile=arguments.profile).state_home
-    servers = server_status(home) if arguments.action == "status" else anyio.run(stop_servers, home)
+    servers = server_status(home) if arguments.action == "status" else run_loop(stop_servers, home)
     if arguments.json:
         print(json.dumps(servers, indent=2, default=str))
         return 0

@@ -8,9 +8,11 @@ Examples:
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # see procworker/__init__.py
 if TYPE_CHECKING:
+    from typing import Any
+
     from procworker.settings import Settings
 
 
@@ -65,14 +67,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    import anyio
-
-    from procworker.cli.common import set_up_logging
+    from procworker.cli.common import run_loop, set_up_logging
     from procworker.settings import Settings
 
     settings = Settings.load(profile=arguments.profile)
     set_up_logging(settings.logging_level)
-    return anyio.run(_start, settings, arguments)
+    return run_loop(_start, settings, arguments)
 
 
 async def _start(settings: Settings, arguments: argparse.Namespace) -> int:
@@ -137,7 +137,8 @@ async def _discover_type(settings: Settings, arguments: argparse.Namespace) -> s
         except ObjectNotFound:
             if not arguments.create_pool_if_not_found:
                 raise ConfigurationError(
-                    f"work pool {arguments.pool!r} does not exist: create it, or leave out --no-create-pool-if-not-found"
+                    f"work pool {arguments.pool!r} does not exist: create it,"
+                    " or leave out --no-create-pool-if-not-found"
                 ) from None
             return arguments.type or "process"
         except Unreachable:
@@ -145,9 +146,8 @@ async def _discover_type(settings: Settings, arguments: argparse.Namespace) -> s
     if pool.is_paused:
         _say(f"Work pool {pool.name!r} is paused: nothing runs before it is resumed.")
     elif queues and all(queue.is_paused for queue in queues):
-        _say(
-            f"All {'given ' if arguments.work_queue else ''}work queues of {pool.name!r} are paused: nothing runs before one is resumed."
-        )
+        which = "given work queues" if arguments.work_queue else "work queues"
+        _say(f"All {which} of {pool.name!r} are paused: nothing runs before one is resumed.")
     if pool.type.endswith((":push", ":managed")) or pool.type == "prefect-agent":
         raise ConfigurationError(
             f"work pool {pool.name!r} is of type {pool.type!r}, which no worker serves: choose another --pool"
@@ -171,7 +171,8 @@ def _read_template(path: str) -> dict[str, Any]:
         raise ConfigurationError(f"--base-job-template {path!r} is not JSON: {error}") from error
     if not isinstance(template, dict) or not {"job_configuration", "variables"} <= set(template):
         raise ConfigurationError(
-            f"--base-job-template {path!r} must hold 'job_configuration' and 'variables': `procworker template` prints one"
+            f"--base-job-template {path!r} must hold 'job_configuration' and 'variables':"
+            " `procworker template` prints one"
         )
     return template
 

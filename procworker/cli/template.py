@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -11,6 +10,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(arguments: argparse.Namespace) -> int:
+    import json
+
     from procworker.cli.common import worker_class
 
     print(json.dumps(worker_class(arguments.type).get_default_base_job_template(), indent=2))

@@ -127,19 +127,27 @@ def _headers(settings: Settings, given: Mapping[str, str]) -> dict[str, str]:
 def _tls(settings: Settings, scheme: str) -> ssl.SSLContext:
     if settings.api_tls_insecure_skip_verify:
         return httpx.create_ssl_context(verify=False)
-    if file := settings.api_ssl_cert_file:
-        try:
-            return ssl.create_default_context(cafile=file)
-        except OSError as error:
-            raise ConfigurationError(f"PREFECT_API_SSL_CERT_FILE {file} cannot be used: {error}") from error
-    return httpx.create_ssl_context() if scheme == "https" else _LateContext(ssl.PROTOCOL_TLS_CLIENT)
+    if scheme == "https":
+        return _verifying(settings.api_ssl_cert_file)
+    late = _LateContext(ssl.PROTOCOL_TLS_CLIENT)
+    late.file = settings.api_ssl_cert_file
+    return late
+
+
+def _verifying(file: str | None) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=file) if file else httpx.create_ssl_context()
+    except OSError as error:
+        raise ConfigurationError(f"PREFECT_API_SSL_CERT_FILE {file} cannot be used: {error}") from error
 
 
 class _LateContext(ssl.SSLContext):
     """Verify as always, but read the CA bundle (1.2 MB, 25 ms) only if http is redirected to https."""
 
+    file: str | None = None
+
     def wrap_bio(self, *args: Any, **kwargs: Any) -> ssl.SSLObject:
-        return httpx.create_ssl_context().wrap_bio(*args, **kwargs)
+        return _verifying(self.file).wrap_bio(*args, **kwargs)
 
 
 def _is_direct(host: str) -> bool:

@@ -24,12 +24,12 @@ FINAL = {"COMPLETED", "FAILED", "CANCELLED", "CRASHED"}
 T = TypeVar("T")
 
 
-def eventually(fact: Callable[[], T], seconds: float = 120.0, what: str = "") -> T:
+def eventually(fact: Callable[[], T], seconds: float = 240.0, what: str = "", every: float = 0.1) -> T:
     """Wait for a fact outside this process and return it."""
     deadline = time.monotonic() + seconds
     while not (found := fact()):
         assert time.monotonic() < deadline, f"not within {seconds:g} s: {what or fact}"
-        time.sleep(0.1)
+        time.sleep(every)
     return found
 
 
@@ -100,11 +100,11 @@ class Api:
         body = {"logs": {"flow_run_id": {"any_": [run]}}, "sort": "TIMESTAMP_ASC", "limit": 200}
         return list(self("POST", "/logs/filter", body))
 
-    def until_final(self, *runs: str, seconds: float = 120.0) -> list[dict[str, Any]]:
+    def until_final(self, *runs: str, seconds: float = 240.0) -> list[dict[str, Any]]:
         def all_final() -> bool:
             return all(run["state_type"] in FINAL for run in self.read_all(list(runs)))
 
-        eventually(all_final, seconds, "all runs have a final state")
+        eventually(all_final, seconds, "all runs have a final state", every=0.5)
         return [self.read(run) for run in runs]
 
 
