@@ -65,5 +65,6 @@ def _response(request_line: str, checks: dict[str, Check]) -> bytes:
     else:
         status, message = "503 Service Unavailable", reason
     body = json.dumps({"message": message}).encode()
-    head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    fields = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close"
+    head = f"HTTP/1.1 {status}\r\n{fields}\r\n\r\n"
     return head.encode() + (b"" if method == "HEAD" else body)

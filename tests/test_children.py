@@ -125,12 +125,13 @@ async def test_an_intent_over_the_control_session_makes_term_a_cancel(server: Fa
     acked = anyio.Event()
 
     async def serve(stream: anyio.abc.SocketStream) -> None:
-        buffered = BufferedByteReceiveStream(stream)
-        assert await buffered.receive_until(b"\n", 99) == b"token"
-        assert await buffered.receive_exactly(5) == b"\0PF\x02\x01"
-        await server.wait_state(id, "RUNNING")
-        await stream.send(b"c")
-        assert await buffered.receive_exactly(1) == b"a"
+        async with stream:
+            buffered = BufferedByteReceiveStream(stream)
+            assert await buffered.receive_until(b"\n", 99) == b"token"
+            assert await buffered.receive_exactly(5) == b"\0PF\x02\x01"
+            await server.wait_state(id, "RUNNING")
+            await stream.send(b"c")
+            assert await buffered.receive_exactly(1) == b"a"
         acked.set()
 
     async with listener, anyio.create_task_group() as tasks:
