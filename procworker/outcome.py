@@ -56,21 +56,28 @@ def carries_id(state: State, transition_id: UUID) -> bool:
     return str(state.state_details.get("transition_id")) == str(transition_id)
 
 
+def latest_attempt(history: Sequence[State]) -> Sequence[State]:
+    """Return what followed the last SCHEDULED state (everything, for a run that was never scheduled)."""
+    start = max((i + 1 for i, state in enumerate(history) if state.type == "SCHEDULED"), default=0)
+    return history[start:]
+
+
 def owns(history: Sequence[State], transition_id: UUID) -> bool:
-    """Is the newest attempt ours? The last PENDING state carries the transition id of the claim that made it."""
-    pending = [state for state in history if state.type == "PENDING"]
-    return bool(pending) and carries_id(pending[-1], transition_id)
+    """Is the newest attempt the one that our claim, the PENDING with this transition id, began?
 
-
-def overwritten_by(history: Sequence[State], transition_id: UUID) -> State | None:
-    """Return the state that our claim overwrote, or None when the claim was in order.
-
-    Servers accept PENDING on a run that has ended meanwhile (contract 0), so a claim is judged by what it followed.
+    A rival's PENDING alone takes nothing away: servers may accept two claims, and one of them is then dropped. A
+    RUNNING that follows a rival's later PENDING does: somebody else runs it now.
     """
-    for before, state in pairwise(history):
-        if carries_id(state, transition_id) and before.type != "SCHEDULED":
-            return before
-    return None
+    attempt = latest_attempt(history)
+    if not any(carries_id(state, transition_id) for state in attempt):
+        return False
+    rival = False
+    for before, state in pairwise(attempt):
+        if state.type == "PENDING" and before.type != "PENDING":
+            rival = not carries_id(state, transition_id)
+        elif state.type == "RUNNING" and rival:
+            return False
+    return True
 
 
 def decide(facts: Facts, history: Sequence[State]) -> Proposal | None:

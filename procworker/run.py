@@ -29,16 +29,7 @@ from procworker.errors import (
 )
 from procworker.logs import RunLogger
 from procworker.loops import patiently
-from procworker.outcome import (
-    DeploymentGone,
-    Facts,
-    Reason,
-    carries_id,
-    decide,
-    one_line,
-    overwritten_by,
-    owns,
-)
+from procworker.outcome import DeploymentGone, Facts, Reason, carries_id, decide, latest_attempt, one_line, owns
 from procworker.server.client import Client
 from procworker.server.models import Deployment, Flow, FlowRun, State, WorkPool, new_state
 from procworker.submission import FlowRunFuture
@@ -104,7 +95,7 @@ class Started(TaskStatus[Any]):
 
 
 class Run:
-    """One flow run. The task that walks it owns it; to end it early, others write down a reason and end its processes."""
+    """One flow run. The task that walks it owns it; to end it, others write down a reason and end its processes."""
 
     def __init__(self, host: Host, flow_run: FlowRun, log: RunLogger, sources: Sources, answered_at: float) -> None:
         self.flow_run = flow_run
@@ -177,14 +168,33 @@ class Run:
                 await self._cancel_without_deployment()
                 return
         self.claimed = True
-        history = await patiently(partial(client.read_flow_run_states, self.id))
-        if (before := overwritten_by(history, self.transition_id)) is not None:
-            self.claimed = False
-            await self._put_back(before)
-        elif not owns(history, self.transition_id) or (history[-1].is_final() and not history[-1].is_cancelling()):
-            self.claimed = False
-        elif history[-1].is_cancelling():
-            self.reason = Reason.CANCELLED
+        self.claimed = await self._holds_claim()
+
+    async def _holds_claim(self) -> bool:
+        """Look back whether our PENDING took what was scheduled, and nobody else's did.
+
+        Servers accept a claim over the end of another attempt (contract 0), and SQLite ones two claims at once.
+        """
+        client = self._host.client
+        attempt = latest_attempt(await patiently(partial(client.read_flow_run_states, self.id)))
+        mine = next((i for i, state in enumerate(attempt) if carries_id(state, self.transition_id)), None)
+        if mine is None:
+            return False
+        before, after = attempt[:mine], [state for state in attempt[mine + 1 :] if state.type != "PENDING"]
+        if any(state.type != "PENDING" for state in before):
+            if before[-1].type not in ("PENDING", "RUNNING"):  # those will be followed by their own engine's word
+                await self._put_back(before[-1])
+            return False
+        if after:
+            cancelling: bool = after[-1].is_cancelling()
+            self.reason = Reason.CANCELLED if cancelling else None
+            return cancelling
+        if len(attempt) == 1:
+            return True
+        # Rivals. Whose PENDING stands now came last, and sees ours: it gives way, as we do when it is ours.
+        current = (await patiently(partial(client.read_flow_run, self.id))).state
+        earlier = [state for state in attempt if current is None or state.id != current.id]
+        return current is not None and current.type == "PENDING" and carries_id(earlier[0], self.transition_id)
 
     async def _cancel_without_deployment(self) -> None:
         """A run whose deployment is gone can never be claimed: say so once instead of polling it for ever."""

@@ -23,6 +23,7 @@ import socket
 import sys
 import threading
 import time
+from base64 import b64encode
 from urllib.parse import urlsplit
 
 RUN_ID = os.environ.get("PREFECT__FLOW_RUN_ID", "")
@@ -33,8 +34,9 @@ def call(method, path, body=None):
     """One request; a server that is away is asked again for a while, like the real engine does."""
     url = urlsplit(os.environ["PREFECT_API_URL"])
     headers = {"content-type": "application/json"}
-    if os.environ.get("PREFECT_API_KEY"):
-        headers["authorization"] = "Bearer " + os.environ["PREFECT_API_KEY"]
+    key, pair = os.environ.get("PREFECT_API_KEY"), os.environ.get("PREFECT_API_AUTH_STRING")
+    if key or pair:
+        headers["authorization"] = "Basic " + b64encode(pair.encode()).decode() if pair else f"Bearer {key}"
     deadline = time.monotonic() + float(os.environ.get("ENGINE_PATIENCE", "10"))
     while True:
         try:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from procworker.configuration import BaseWorkerResult
 from procworker.errors import ConfigurationError, SpawnError
-from procworker.outcome import DeploymentGone, Facts, Reason, decide, one_line, overwritten_by, owns
+from procworker.outcome import DeploymentGone, Facts, Reason, decide, latest_attempt, one_line, owns
 from procworker.server.models import State
 
 OURS = uuid4()
@@ -23,7 +23,13 @@ def history(*types: str, **details: object) -> list[State]:
         type, _, name = text.partition(":")
         known = {"transition_id": str(OURS)} if type == "PENDING" else {}
         states.append(
-            State(id=uuid4(), type=type, name=name or type.title(), state_details=known, timestamp=datetime.now(timezone.utc))
+            State(
+                id=uuid4(),
+                type=type,
+                name=name or type.title(),
+                state_details=known,
+                timestamp=datetime.now(timezone.utc),
+            )
         )
     states[-1].state_details |= details
     return states
@@ -108,7 +114,9 @@ def test_a_timeout_is_a_crash_named_timed_out_also_over_the_engines_own_crash() 
 
 
 def test_what_could_not_be_started_tells_why() -> None:
-    proposal = decide(Facts(error=SpawnError("The working directory '/x' does not exist.")), history("SCHEDULED", "PENDING"))
+    proposal = decide(
+        Facts(error=SpawnError("The working directory '/x' does not exist.")), history("SCHEDULED", "PENDING")
+    )
 
     assert proposal is not None
     assert proposal.type == "CRASHED"
@@ -128,22 +136,24 @@ def test_a_run_without_its_deployment_is_cancelled() -> None:
     assert (proposal.type, proposal.message, proposal.force) == ("CANCELLED", "No deployment.", True)
 
 
-def test_the_newest_attempt_is_ours_only_if_the_last_pending_is() -> None:
-    states = history(*RUNNING, "CRASHED")
-    other = State(type="PENDING", state_details={"transition_id": str(uuid4())})
+def foreign(type: str) -> State:
+    return State(type=type, state_details={"transition_id": str(uuid4())})
 
-    assert owns(states, OURS)
-    assert not owns([*states, other], OURS)
+
+def test_an_attempt_is_ours_until_it_is_scheduled_again_or_somebody_else_runs_it() -> None:
+    ours = history(*RUNNING)
+
+    assert owns(ours, OURS)
+    assert owns([*ours, foreign("PENDING")], OURS)
+    assert owns([*ours[:2], foreign("PENDING"), ours[2]], OURS)
+    assert not owns([*ours, State(type="CRASHED"), foreign("PENDING"), foreign("RUNNING")], OURS)
+    assert not owns([*ours, State(type="SCHEDULED"), foreign("PENDING")], OURS)
     assert not owns([], OURS)
 
 
-@pytest.mark.parametrize("before", ["COMPLETED", "FAILED", "CRASHED", "PAUSED"])
-def test_a_claim_over_anything_but_scheduled_names_what_it_overwrote(before: str) -> None:
-    overwritten = overwritten_by(history("SCHEDULED", before, "PENDING"), OURS)
-
-    assert overwritten is not None
-    assert overwritten.type == before
-    assert overwritten_by(history("SCHEDULED", "SCHEDULED:Late", "PENDING", "RUNNING"), OURS) is None
+def test_a_run_that_was_never_scheduled_is_one_attempt() -> None:
+    assert owns(history("PENDING", "RUNNING"), OURS)
+    assert [state.type for state in latest_attempt(history("SCHEDULED", "PENDING", "SCHEDULED:Late"))] == []
 
 
 def test_errors_become_one_line_that_never_shows_values() -> None:

@@ -106,6 +106,78 @@ async def test_a_claim_from_an_old_answer_is_taken_back(server: FakeServer, ende
     assert server.run(id).state.message == "the other attempt's word"
 
 
+async def claiming(server: FakeServer, rivals: Any) -> tuple[ScriptWorker, UUID]:
+    """Let a worker claim a run while `rivals(id)` happens between its claim and its look back."""
+    id = server.schedule(server.add_deployment())
+    server.fault("GET", "/flow_run_states", times=1, status=503, when=lambda request: bool(rivals(id) or True))
+    worker = script_worker(server, finishing(server, "COMPLETED"))
+    async with worker:
+        rows = await worker.client.get_scheduled_flow_runs_for_work_pool("pool")
+        await (await worker.execute(rows[0].flow_run)).wait_async(20)
+    return worker, id
+
+
+async def test_of_two_accepted_claims_the_earlier_one_runs(server: FakeServer) -> None:
+    """A busy SQLite server accepts two: the later is seen by both, and its owner gives way."""
+    worker, id = await claiming(server, lambda id: server.set_state(id, "PENDING", transition_id="a-rival"))
+
+    assert worker.started == [str(id)]
+    assert server.run(id).state.type == "COMPLETED"
+
+
+async def test_of_two_accepted_claims_the_later_one_gives_way(server: FakeServer) -> None:
+    id = server.schedule(server.add_deployment())
+    worker = script_worker(server, finishing(server, "COMPLETED"))
+    async with worker:
+        rows = await worker.client.get_scheduled_flow_runs_for_work_pool("pool")
+        server.fault("POST", "set_state", times=1, when=lambda request: bool(accept_over_rival(server, id, request)))
+        await (await worker.execute(rows[0].flow_run)).wait_async(20)
+
+    assert worker.started == []
+    assert types(server, id) == ["SCHEDULED", "PENDING", "PENDING"]
+
+
+def accept_over_rival(server: FakeServer, id: UUID, request: Any) -> bool:
+    """Claim the run for a rival, and then take the worker's claim all the same."""
+    server.set_state(id, "PENDING", transition_id="a-rival")
+    details = request.json["state"]["state_details"]
+    server.set_state(id, "PENDING", transition_id=details["transition_id"])
+    return False
+
+
+async def test_a_claim_over_a_running_attempt_is_dropped_and_left_to_its_engine(server: FakeServer) -> None:
+    id = server.schedule(server.add_deployment())
+    worker = script_worker(server, finishing(server, "COMPLETED"))
+    async with worker:
+        rows = await worker.client.get_scheduled_flow_runs_for_work_pool("pool")
+        server.set_state(id, "PENDING", transition_id="a-rival")
+        server.set_state(id, "RUNNING")
+        server.fault("POST", "set_state", times=1, when=lambda request: bool(accept(server, id, request)))
+        await (await worker.execute(rows[0].flow_run)).wait_async(20)
+
+    assert worker.started == []
+    assert types(server, id) == ["SCHEDULED", "PENDING", "RUNNING", "PENDING"]
+
+
+def accept(server: FakeServer, id: UUID, request: Any) -> bool:
+    server.set_state(id, "PENDING", transition_id=request.json["state"]["state_details"]["transition_id"])
+    return False
+
+
+async def test_a_run_that_is_scheduled_again_after_the_claim_is_not_started(server: FakeServer) -> None:
+    worker, id = await claiming(server, lambda id: server.set_state(id, "SCHEDULED"))
+
+    assert worker.started == []
+    assert types(server, id) == ["SCHEDULED", "PENDING", "SCHEDULED"]
+
+
+async def test_a_run_that_is_ended_by_hand_after_the_claim_is_not_started(server: FakeServer) -> None:
+    worker, id = await claiming(server, lambda id: server.set_state(id, "CANCELLED"))
+
+    assert worker.started == []
+    assert server.run(id).state.type == "CANCELLED"
+
+
 async def test_without_the_look_back_the_same_run_would_execute_twice(server: FakeServer) -> None:
     """The negative control: the server of this test really has the trap."""
     id = server.schedule(server.add_deployment())

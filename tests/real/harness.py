@@ -24,12 +24,12 @@ FINAL = {"COMPLETED", "FAILED", "CANCELLED", "CRASHED"}
 T = TypeVar("T")
 
 
-def eventually(fact: Callable[[], T], seconds: float = 240.0, what: str = "", every: float = 0.1) -> T:
+def eventually(fact: Callable[[], T], seconds: float = 240.0, what: str = "") -> T:
     """Wait for a fact outside this process and return it."""
     deadline = time.monotonic() + seconds
     while not (found := fact()):
         assert time.monotonic() < deadline, f"not within {seconds:g} s: {what or fact}"
-        time.sleep(every)
+        time.sleep(0.1)
     return found
 
 
@@ -101,10 +101,13 @@ class Api:
         return list(self("POST", "/logs/filter", body))
 
     def until_final(self, *runs: str, seconds: float = 240.0) -> list[dict[str, Any]]:
-        def all_final() -> bool:
-            return all(run["state_type"] in FINAL for run in self.read_all(list(runs)))
-
-        eventually(all_final, seconds, "all runs have a final state", every=0.5)
+        """Wait until all runs have a final state; return them."""
+        deadline = time.monotonic() + seconds
+        while waiting := [run for run in self.read_all(list(runs)) if run["state_type"] not in FINAL]:
+            if time.monotonic() > deadline:
+                late = {run["name"]: [state["name"] for state in self.states(run["id"])] for run in waiting}
+                raise AssertionError(f"not final within {seconds:g} s: {late}")
+            time.sleep(0.5)
         return [self.read(run) for run in runs]
 
 

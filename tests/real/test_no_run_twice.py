@@ -34,7 +34,7 @@ def test_every_run_is_started_once(prefect: str, place: Place, request: pytest.F
     script.write_text(SCRIPT)
     pool = api.pool(f"twice {uuid4().hex[:8]}", ProcessWorker.get_default_base_job_template())
     deployment = api.deployment(pool, "answer", "short", command=f"sh {script}")
-    runs = [api.flow_run(deployment) for _ in range(RUNS)]
+    runs = [api.flow_run(deployment, f"run {number}") for number in range(RUNS)]
     with (
         working(place, api, "--pool", pool, "--name", "one") as one,
         working(place, api, "--pool", pool, "--name", "two") as two,
