@@ -173,28 +173,28 @@ class Run:
     async def _holds_claim(self) -> bool:
         """Look back whether our PENDING took what was scheduled, and nobody else's did.
 
-        Servers accept a claim over the end of another attempt (contract 0), and SQLite ones two claims at once.
+        Servers accept a claim over the end of another attempt (contract 0), and SQLite ones two claims at once. They
+        stamp a state before they wait for their database: only what stands now tells who came last.
         """
         client = self._host.client
         attempt = latest_attempt(await patiently(partial(client.read_flow_run_states, self.id)))
-        mine = next((i for i, state in enumerate(attempt) if carries_id(state, self.transition_id)), None)
-        if mine is None:
+        others = [state for state in attempt if not carries_id(state, self.transition_id)]
+        if len(others) == len(attempt):
             return False
-        before, after = attempt[:mine], [state for state in attempt[mine + 1 :] if state.type != "PENDING"]
-        if any(state.type != "PENDING" for state in before):
-            if before[-1].type not in ("PENDING", "RUNNING"):  # those will be followed by their own engine's word
-                await self._put_back(before[-1])
-            return False
-        if after:
-            cancelling: bool = after[-1].is_cancelling()
-            self.reason = Reason.CANCELLED if cancelling else None
-            return cancelling
-        if len(attempt) == 1:
+        if not others:
             return True
-        # Rivals. Whose PENDING stands now came last, and sees ours: it gives way, as we do when it is ours.
+        moved = [state for state in others if state.type != "PENDING"]
         current = (await patiently(partial(client.read_flow_run, self.id))).state
-        earlier = [state for state in attempt if current is None or state.id != current.id]
-        return current is not None and current.type == "PENDING" and carries_id(earlier[0], self.transition_id)
+        if current is None or carries_id(current, self.transition_id):
+            # We came last, over a rival or what became of it. What runs will be followed by its own engine's word.
+            if moved and moved[-1].type != "RUNNING":
+                await self._put_back(moved[-1])
+            return False
+        # Whose PENDING stands now gives way; so the first of the others has the run.
+        first = carries_id(next(state for state in attempt if state.id != current.id), self.transition_id)
+        if first and current.is_cancelling():
+            self.reason = Reason.CANCELLED
+        return first and (current.is_cancelling() or current.type == "PENDING")
 
     async def _cancel_without_deployment(self) -> None:
         """A run whose deployment is gone can never be claimed: say so once instead of polling it for ever."""

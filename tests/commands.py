@@ -56,17 +56,24 @@ def serving(**options: Any) -> Iterator[Beside]:
 
 
 def code_of(*argv: str) -> int:
-    """The exit code of the command, run within this process."""
+    """The exit code of the command, run within this process; one that goes on for 30 s is broken off."""
     # The command sets up logging for its process, which here is that of all tests.
     loggers = [logging.getLogger(name) for name in ("procworker", "prefect")]
     before = [(list(logger.handlers), logger.level, logger.propagate) for logger in loggers]
+    signal.signal(signal.SIGALRM, _give_up)
+    signal.alarm(30)
     try:
         return main(argv)
     except SystemExit as ended:  # argparse, for --help and for usage errors
         return int(ended.code or 0)
     finally:
+        signal.alarm(0)
         for logger, (logger.handlers, level, logger.propagate) in zip(loggers, before, strict=True):
             logger.setLevel(level)
+
+
+def _give_up(number: int, frame: object) -> None:
+    raise TimeoutError("the command does not end")
 
 
 class Command:

@@ -106,6 +106,10 @@ def wrong_path(setting: Setting) -> None:
     setting.environ["PREFECT_API_URL"] += "/v2"
 
 
+def missing_ca_file(setting: Setting) -> None:
+    setting.environ.update({**url("https://127.0.0.1:4200/api"), "PREFECT_API_SSL_CERT_FILE": "/no"})
+
+
 def taken_port(setting: Setting) -> None:
     setting.environ["PREFECT_WORKER_WEBSERVER_PORT"] = str(setting.server.port)
 
@@ -132,7 +136,7 @@ TABLE = [
     bad("closed port", f"{ONCE} {QUICK}", "check PREFECT_API_URL", closed_url, code=UNREACHABLE),
     bad("closed port for run", f"{RUN} {QUICK}", "check PREFECT_API_URL", closed_url, code=UNREACHABLE),
     bad("proxy without scheme", ONCE, "a proxy variable", {"HTTP_PROXY": "nonsense://x", "ALL_PROXY": "::"}),
-    bad("CA file that is missing", START, "PREFECT_API_SSL_CERT_FILE", {"PREFECT_API_SSL_CERT_FILE": "/no"}),
+    bad("CA file that is missing", START, "PREFECT_API_SSL_CERT_FILE", missing_ca_file),
     # Answers that are none
     bad("truncated JSON", ONCE, "/work_pools/pool", fault("GET", "/work_pools", truncate=20), code=UNREACHABLE),
     bad("half a JSON", ONCE, "body is no use", fault("GET", "/work_pools", body='{"id": "1'), code=UNREACHABLE),

@@ -127,7 +127,17 @@ async def test_output_is_appended(place: Place) -> None:
 
 
 async def test_stdin_is_empty(place: Place) -> None:
-    assert await place.run("cat") == (0, "", "")
+    ours, write = os.pipe()
+    os.write(write, b"not for the child")
+    os.close(write)
+    saved = os.dup(0)
+    os.dup2(ours, 0)
+    try:
+        assert await place.run("cat") == (0, "", "")
+    finally:
+        os.dup2(saved, 0)
+        os.close(saved)
+        os.close(ours)
 
 
 async def test_it_leads_a_session_of_its_own(place: Place) -> None:

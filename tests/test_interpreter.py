@@ -244,6 +244,13 @@ def test_what_the_user_set_stays() -> None:
 
 
 @pytest.mark.usefixtures("own_venv")
+def test_an_empty_entry_is_nobodys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It means the current directory, wherever we are."""
+    monkeypatch.setattr(sys, "prefix", os.getcwd())
+    assert inherited({"PATH": "/usr/bin:"}, "/usr/bin/python") == {"PATH": "/usr/bin:"}
+
+
+@pytest.mark.usefixtures("own_venv")
 @pytest.mark.parametrize("python", ["/own/bin/python", None])
 def test_our_own_python_and_a_command_get_everything(python: str | None) -> None:
     assert inherited(OURS, python) == OURS

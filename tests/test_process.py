@@ -7,7 +7,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import anyio
 import anyio.lowlevel
 import misbehave
 import pytest
+from anyio.abc import Process as AnyProcess
 from fake_server import FakeServer
 from pydantic import ValidationError
 from workers import settings_for
@@ -94,11 +96,37 @@ class Bench:
         return [*self.settings.state_home.glob("runs/*"), *Path(os.environ["TMPDIR"]).iterdir()]
 
 
+MakeBench = Callable[..., Bench]
+
+
 @pytest.fixture
-def bench(tmp_path: Path, no_survivors: Callable[[str], None]) -> Bench:
-    bench = Bench(tmp_path)
-    no_survivors(f"{COOKIE}={bench.flow_run.id}")
-    return bench
+def make_bench(tmp_path: Path) -> Iterator[MakeBench]:
+    """Make benches with these variables in the environment of their settings; at the end nothing may run on them."""
+    benches: list[Bench] = []
+
+    def make_bench(**environ: str) -> Bench:
+        benches.append(Bench(tmp_path, **environ))
+        return benches[-1]
+
+    yield make_bench
+    left = {pid: what for bench in benches for pid, what in misbehave.survivors(str(bench.flow_run.id)).items()}
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left, f"still running: {left}"
+
+
+@pytest.fixture
+def bench(make_bench: MakeBench) -> Bench:
+    return make_bench()
+
+
+@asynccontextmanager
+async def another_process() -> AsyncIterator[AnyProcess]:
+    async with await anyio.open_process([*MISBEHAVE, "sleep"], stdout=None) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 @pytest.fixture
@@ -185,8 +213,8 @@ async def test_what_cannot_start_leaves_no_directories(bench: Bench, command: st
     assert bench.pid == 0
 
 
-async def test_runs_beside_each_other_do_not_meet(tmp_path: Path) -> None:
-    benches = [Bench(tmp_path) for _ in range(5)]
+async def test_runs_beside_each_other_do_not_meet(make_bench: MakeBench) -> None:
+    benches = [make_bench() for _ in range(5)]
     results: dict[int, int] = {}
 
     async def run(code: int) -> None:
@@ -250,11 +278,11 @@ async def environment_of(bench: Bench, **env: str | None) -> dict[str, str]:
 
 
 async def test_it_gets_our_environment_the_settings_and_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OURS", "1")
     monkeypatch.setenv("GONE", "1")
-    bench = Bench(tmp_path, PREFECT_LOGGING_LEVEL="DEBUG")
+    bench = make_bench(PREFECT_LOGGING_LEVEL="DEBUG")
     env = await environment_of(bench, OWN="2", GONE=None)
 
     assert (env["OURS"], env["OWN"], env["PREFECT_LOGGING_LEVEL"]) == ("1", "2", "DEBUG")
@@ -309,8 +337,10 @@ async def test_output_is_printed_with_the_name_of_the_run(bench: Bench) -> None:
     assert sorted(bench.printed) == [("stderr", "keen-owl | err"), ("stdout", "keen-owl | out")]
 
 
-async def test_by_default_it_is_printed_where_we_print(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bench = Bench(tmp_path)
+async def test_by_default_it_is_printed_where_we_print(
+    make_bench: MakeBench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench = make_bench()
     bench.worker = ProcessWorker(None, settings=bench.settings)
     await bench.run("sh", "-c", "echo out; echo err >&2")
 
@@ -324,14 +354,14 @@ async def test_without_stream_output_nothing_is_printed_but_the_tail_is_kept(ben
     assert result.tail == ["out"]
 
 
-async def test_secrets_are_masked_in_print_and_tail(tmp_path: Path) -> None:
-    bench = Bench(tmp_path, PREFECT_API_KEY="pnu_secret_key")
+async def test_secrets_are_masked_in_print_and_tail(make_bench: MakeBench) -> None:
+    bench = make_bench(PREFECT_API_KEY="pnu_secret_key", PREFECT_CLIENT_CUSTOM_HEADERS='{"X-Auth": "in-header"}')
     padding = "x" * 1990
-    show = "echo key $PREFECT_API_KEY; echo token $MY_TOKEN; echo url $DB; echo plain $OTHER"
+    show = "echo key $PREFECT_API_KEY; echo token $MY_TOKEN; echo url $DB; echo plain $OTHER; echo in-header"
     env = {"MY_TOKEN": "a.token.(x", "DB": "http://me:hunter22@db", "OTHER": "visible"}
     result = await bench.run("sh", "-c", f"{show}; echo {padding}$PREFECT_API_KEY", env=env)
 
-    shown = ["key ***", "token ***", "url http://me:***@db", "plain visible"]
+    shown = ["key ***", "token ***", "url http://me:***@db", "plain visible", "***"]
     assert bench.lines == [*shown, f"{padding}***"]
     assert result.tail == [*shown, f"{padding}***"]
 
@@ -392,8 +422,8 @@ async def test_what_leaves_by_itself_is_given_the_time(bench: Bench, caplog: pyt
     assert "left behind" not in caplog.text
 
 
-async def test_leftovers_can_be_allowed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    bench = Bench(tmp_path)
+async def test_leftovers_can_be_allowed(make_bench: MakeBench, caplog: pytest.LogCaptureFixture) -> None:
+    bench = make_bench()
     result = await bench.run("keep-stdout 0", leftovers="allow")
     left = identify(int(await bench.until_printed("CHILD")))
 
@@ -444,6 +474,18 @@ async def test_the_grace_is_kept(bench: Bench) -> None:
     assert bench.lines[-2:] == ["TERM", "TIDY"]
 
 
+@pytest.mark.usefixtures("impatient")
+async def test_the_grace_is_for_the_whole_tree_not_only_the_root(bench: Bench) -> None:
+    """That the root has ended is no reason to end the others as leftovers, which get less time."""
+    slow = join_command([*MISBEHAVE, "slow-term", "0.5"])
+    async with anyio.create_task_group() as tasks:
+        await bench.begin(tasks, "sh", "-c", f"{slow} & wait")
+        await bench.until_printed("READY")
+        await bench.kill(30.0)
+
+    assert bench.lines[-2:] == ["TERM", "TIDY"]
+
+
 async def test_a_second_kill_shortens_the_grace(bench: Bench) -> None:
     async with anyio.create_task_group() as tasks:
         await bench.begin(tasks, "slow-term 600")
@@ -459,7 +501,7 @@ async def test_what_a_kill_ended_was_not_left_behind(bench: Bench, caplog: pytes
     results: list[ProcessWorkerResult] = []
 
     async def run() -> None:
-        results.append(await bench.run("sh-wait"))
+        results.append(await bench.run("tree 2"))
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(run)
@@ -471,15 +513,13 @@ async def test_what_a_kill_ended_was_not_left_behind(bench: Bench, caplog: pytes
 
 
 async def test_only_living_runs_of_our_own_can_be_killed(bench: Bench) -> None:
-    stranger = await anyio.open_process([*MISBEHAVE, "sleep"], stdout=None)
-    async with stranger, anyio.create_task_group() as tasks:
+    async with another_process() as stranger, anyio.create_task_group() as tasks:
         for pid in (str(stranger.pid), f"{HOST}:{stranger.pid}", "1", str(NOBODY), "", "nonsense"):
             with pytest.raises(InfrastructureNotFound, match="was not started by this worker, or has ended"):
                 await bench.kill(pid=pid or ":")
         with pytest.raises(InfrastructureNotAvailable, match=f"runs on host 'elsewhere', not on '{HOST}'"):
             await bench.kill(pid=f"elsewhere:{stranger.pid}")
         assert stranger.returncode is None
-        stranger.kill()
 
         await bench.begin(tasks, "ignore-term")
         await bench.kill(pid=f"{HOST}:{bench.pid}")
@@ -537,11 +577,11 @@ async def test_a_cancelled_asyncio_task_ends_its_tree(bench: Bench) -> None:
     assert misbehave.survivors(str(bench.flow_run.id)) == {}
 
 
-def test_a_loop_that_closes_after_a_cancel_gets_no_complaints(tmp_path: Path) -> None:
+def test_a_loop_that_closes_after_a_cancel_gets_no_complaints(make_bench: MakeBench) -> None:
     """The child is waited for, so no watcher speaks of it when nobody listens any more."""
 
     async def main() -> None:
-        bench = Bench(tmp_path)
+        bench = make_bench()
         async with anyio.create_task_group() as tasks:
             await bench.begin(tasks, "sleep")
             tasks.cancel_scope.cancel()

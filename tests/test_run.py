@@ -164,6 +164,29 @@ def accept(server: FakeServer, id: UUID, request: Any) -> bool:
     return False
 
 
+async def test_a_claim_that_was_stamped_early_and_written_late_is_taken_back_too(server: FakeServer) -> None:
+    """A state's time is when the server began to wait for its database; the later one in time may be overwritten."""
+    id = server.schedule(server.add_deployment())
+    worker = script_worker(server, finishing(server, "COMPLETED"))
+    async with worker:
+        rows = await worker.client.get_scheduled_flow_runs_for_work_pool("pool")
+        server.set_state(id, "PENDING", transition_id="a-rival")
+        server.set_state(id, "CRASHED", message="the rival's word")
+        server.fault("POST", "set_state", times=1, when=lambda request: bool(accept(server, id, request)))
+        server.fault("GET", "/flow_run_states", times=1, status=503, when=lambda request: stamped_early(server, id))
+        await (await worker.execute(rows[0].flow_run)).wait_async(20)
+
+    assert worker.started == []
+    assert server.run(id).state.type == "CRASHED"
+    assert server.run(id).state.message == "the rival's word"
+
+
+def stamped_early(server: FakeServer, id: UUID) -> bool:
+    _, rival, crashed, ours = server.run(id).states
+    ours.timestamp = rival.timestamp + (crashed.timestamp - rival.timestamp) / 2
+    return False
+
+
 async def test_a_run_that_is_scheduled_again_after_the_claim_is_not_started(server: FakeServer) -> None:
     worker, id = await claiming(server, lambda id: server.set_state(id, "SCHEDULED"))
 
