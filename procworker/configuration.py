@@ -358,11 +358,13 @@ def with_extra_variables(base_job_template: JSON, own_template: JSON, names: fro
 class BaseWorkerResult(BaseModel):
     """How the infrastructure of a run ended; truthy when its status code is 0.
 
-    `remarks` are sentences for the final state's message, `tail` the last lines of output.
+    `explanation` says what a non-zero code means, `remarks` are further sentences for the final state's message, `tail`
+    holds the last lines of output.
     """
 
     identifier: str
     status_code: int
+    explanation: str = ""
     remarks: list[str] = Field(default_factory=list)
     tail: list[str] = Field(default_factory=list, repr=False)
 

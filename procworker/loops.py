@@ -15,7 +15,6 @@ logger = logging.getLogger(__name__)
 
 JITTER = 0.3
 """Prefect draws its loop intervals in about +-30 % too, so that fleets do not march in step."""
-MAX_DOUBLINGS = 3
 
 
 def jittered(seconds: float) -> float:
@@ -43,9 +42,9 @@ class Moved:
 
 
 class Loop:
-    """Repeat `work` for ever; one failed turn delays the next and never ends the loop.
+    """Repeat `work` for ever; a failed turn never ends it, and is tried again after 1, 2, 4 ... seconds.
 
-    `interval` is asked before each pause (seconds). `wake` ends the pause early.
+    `interval` is asked before each pause (seconds), and is the longest. `wake` ends the pause early.
     """
 
     def __init__(self, what: str, work: Callable[[], Awaitable[object]], interval: Callable[[], float]) -> None:
@@ -79,8 +78,10 @@ class Loop:
         while True:
             self._woken = anyio.Event()
             await self.turn()
-            pause = jittered(self._interval()) * 2 ** min(max(self.failures - 2, 0), MAX_DOUBLINGS)
-            with anyio.move_on_after(pause):
+            pause = self._interval()
+            if self.failures:  # look soon whether it was a hiccup, then ever less often
+                pause = min(pause, 2.0 ** min(self.failures - 1, 10))
+            with anyio.move_on_after(jittered(pause)):
                 await self._woken.wait()
 
 

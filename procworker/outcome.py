@@ -106,16 +106,17 @@ def decide(facts: Facts, history: Sequence[State]) -> Proposal | None:
     if facts.result is None:
         text = f"Flow run could not be submitted to infrastructure. {one_line(facts.error)}"
         return None if facts.may_live_on else Proposal("CRASHED", "Crashed", text)
-    return _judge_exit(facts.result.status_code, current, facts)
+    return _judge_exit(facts.result, current, facts)
 
 
-def _judge_exit(code: int, current: State, facts: Facts) -> Proposal | None:
+def _judge_exit(result: BaseWorkerResult, current: State, facts: Facts) -> Proposal | None:
+    code = result.status_code
     rescheduled = current.type == "SCHEDULED" and current.state_details.get("retry_type") != "in_process"
     suspended = current.type == "PAUSED" and current.state_details.get("pause_reschedule")
     if rescheduled or suspended:
         return None
     if code != 0:
-        text = f"Flow run infrastructure exited with non-zero status code {code}."
+        text = f"Flow run infrastructure exited with non-zero status code {code}. {result.explanation}".rstrip()
     elif current.type in ("PENDING", "RUNNING") and facts.must_report:
         text = "The flow run process ended without reporting a state."
     else:

@@ -173,12 +173,18 @@ class ProcessWorker(BaseWorker[ProcessJobConfiguration, ProcessVariables, Proces
         finally:
             del self._families[str(child.pid)]
         if left := family.ended - before:
-            self.get_flow_run_logger(flow_run).warning("Ended %d processes that the flow run left behind", len(left))
-        remarks = [explain_exit(code).text, explain_exit(code).hint] if code else []
+            self.get_flow_run_logger(flow_run).warning(
+                "Processes left behind by the flow run were ended: %d", len(left)
+            )
+        meaning = explain_exit(code)
+        explanation = f"{meaning.text} {meaning.hint}" if code else ""
+        remarks = []
         if family.survivors:
             remarks.append(f"Could not be killed: {', '.join(map(describe, family.survivors))}.")
         tail = [mask(line)[:TAIL_WIDTH] for line in follower.tail]
-        return ProcessWorkerResult(identifier=str(child.pid), status_code=code, remarks=remarks, tail=tail)
+        return ProcessWorkerResult(
+            identifier=str(child.pid), status_code=code, explanation=explanation, remarks=remarks, tail=tail
+        )
 
     def _print(self, name: str, mask: Mask, stream: str, line: str) -> None:
         self._sink(stream, f"{name} | {mask(line)}")

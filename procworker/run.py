@@ -254,7 +254,7 @@ class Run:
         """The infrastructure exists: what follows from that happens beside the line."""
         self.identifier = identifier
         self.log.info("Flow run %r started as %s", self.flow_run.name, identifier)
-        beside.start_soon(self._tell)
+        self._host._in_background(self._tell)
         seconds = getattr(self.configuration, "timeout_seconds", None)
         if seconds:
             beside.start_soon(self._stop_after, seconds)
@@ -276,7 +276,7 @@ class Run:
 
     async def _stop_after(self, seconds: float) -> None:
         await anyio.sleep(seconds)
-        text = f"The flow run exceeded its timeout of {seconds:g} seconds and was ended."
+        text = f"The flow run exceeded its timeout of {seconds:g} s and was ended."
         self._host._in_background(self.stop, Reason.TIMED_OUT, text, CANCEL_GRACE_SECONDS)
 
     async def cancel(self, grace: float) -> None:
@@ -343,6 +343,9 @@ class Run:
         )
         proposal = decide(facts, history)
         if proposal is None or carries_id(history[-1], transition_id):
+            if self.result and history[-1].type in ("PENDING", "RUNNING"):
+                text = "Flow run %r is left %s: its command exited with 0, but reported no end"
+                self.log.warning(text, self.flow_run.name, history[-1].name)
             return history[-1]
         details = _details(history[-1]) if proposal.force else {}
         state = new_state(proposal.type, proposal.name, proposal.message, transition_id, details)

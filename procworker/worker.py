@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 IDLE_POLL_SECONDS, BUSY_POLL_SECONDS, BUSY_SECONDS, SHORTEST_POLL_SECONDS = 10.0, 1.0, 30.0, 0.05
-CANCEL_POLL_SECONDS = 5.0
+CANCEL_POLL_SECONDS, LAST_WORDS_SECONDS = 5.0, 5.0
 HEALTH_INTERVALS = 30
 """A worker counts as polling while its last poll is at most this many intervals old (as in Prefect)."""
 
@@ -219,6 +219,8 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
         exc_info = exc_info or (None, None, None)
         if exc_info[0] is None:
             await self._moved.until(lambda: not self.runs)
+            # What tells the server of pids and labels may still be trying.
+            _present(self._tasks).cancel_scope.deadline = anyio.current_time() + LAST_WORDS_SECONDS
         if self._started_event:
             self._emit("prefect.worker.stopped", follows=self._started_event)
         await self._stack.__aexit__(*exc_info)

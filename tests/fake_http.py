@@ -201,9 +201,7 @@ class FakeHttp:
         self, method: str = "*", path: str = "", count: int = 1, timeout: float = 20
     ) -> list[Request]:
         """Wait until `count` matching requests have arrived (answered or not) and return them all."""
-        await self.wait_for(
-            lambda: len(self.seen(method, path)) >= count, timeout, f"{count} x {method} {path}"
-        )
+        await self.wait_for(lambda: len(self.seen(method, path)) >= count, timeout, f"{count} x {method} {path}")
         return self.seen(method, path)
 
     async def _serve(self, stopped: anyio.Event, *, task_status: TaskStatus[anyio.CancelScope]) -> None:

@@ -379,9 +379,7 @@ class Model:
         named = {queue.name: queue for queue in self.queues_of(owner)}
         return named.get(name) or self.add_queue(pool, name)
 
-    def create_run(
-        self, deployment: Deployment | None, state: State, given: Row, place: Queue | None = None
-    ) -> Run:
+    def create_run(self, deployment: Deployment | None, state: State, given: Row, place: Queue | None = None) -> Run:
         """A new flow run in this state, or the one that already has its idempotency key."""
         key = given.get("idempotency_key")
         known = next((run for run in self.runs.values() if key and run.idempotency_key == key), None)

@@ -1,9 +1,9 @@
 """A small in-memory Prefect server, served over real HTTP.
 
-    async with FakeServer.running() as server:
-        run_id = server.schedule(parameters={"do": "complete"})
-        ...                                          # something talks to server.url
-        await server.wait_state(run_id, "COMPLETED")
+async with FakeServer.running() as server:
+    run_id = server.schedule(parameters={"do": "complete"})
+    ...                                          # something talks to server.url
+    await server.wait_state(run_id, "COMPLETED")
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ T = TypeVar("T")
 Answer = tuple[int, Any]
 ROUTES: list[tuple[str, re.Pattern[str], Callable[..., Answer]]] = []
 NEW_RUN = (
-    "name state parameters context tags empirical_policy idempotency_key parent_task_run_id "
-    "infrastructure_document_id"
+    "name state parameters context tags empirical_policy idempotency_key parent_task_run_id infrastructure_document_id"
 )
 DETAILS = "transition_id scheduled_time pause_timeout pause_reschedule deployment_concurrency_lease_id"
 NEW_POOL = "description base_job_template is_paused concurrency_limit storage_configuration"
@@ -247,8 +246,7 @@ class FakeServer(FakeHttp, Model):
         before = given.get("scheduled_before") and parse_time(given["scheduled_before"])
         due = self.due(pool, wanted, before)[: _limit(given)]
         return 200, [
-            {"work_pool_id": pool.id, "work_queue_id": run.work_queue_id, "flow_run": run.row()}
-            for run in due
+            {"work_pool_id": pool.id, "work_queue_id": run.work_queue_id, "flow_run": run.row()} for run in due
         ]
 
     # Flows and deployments

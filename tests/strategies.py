@@ -75,9 +75,7 @@ plain_text = st.sampled_from(
     ]
 )
 standard_names = (
-    st.sampled_from(STANDARD_NAMES)
-    | st.sampled_from(ODD_NAMES)
-    | st.text("abk01.-[]$_é", min_size=1, max_size=6)
+    st.sampled_from(STANDARD_NAMES) | st.sampled_from(ODD_NAMES) | st.text("abk01.-[]$_é", min_size=1, max_size=6)
 )
 env_names = st.sampled_from(ENV_NAMES)
 block_names = st.builds(
@@ -206,12 +204,8 @@ keys = ["command", "env", "{{ a }}", "k", "$"]
 templates = st.dictionaries(st.sampled_from(keys), nested(leaves, keys, 6), min_size=1, max_size=4) | leaves
 worlds = st.fixed_dictionaries(
     {
-        "blocks": st.fixed_dictionaries(
-            {(slug, name): block_data for slug in BLOCK_TYPES for name in BLOCK_DOCUMENTS}
-        ),
+        "blocks": st.fixed_dictionaries({(slug, name): block_data for slug in BLOCK_TYPES for name in BLOCK_DOCUMENTS}),
         "documents": st.fixed_dictionaries({BLOCK_ID: block_data}),
-        "variables": st.fixed_dictionaries(
-            {name: variable_values for name in VARIABLES if name != "missing"}
-        ),
+        "variables": st.fixed_dictionaries({name: variable_values for name in VARIABLES if name != "missing"}),
     }
 )

@@ -94,9 +94,7 @@ async def test_the_engine_runs_nothing_when_the_run_is_cancelling_or_gone(server
         ({"term": "ignore", "seconds": 0.5}, "COMPLETED", 0),
     ],
 )
-async def test_the_engine_takes_term_as_told(
-    server: FakeServer, ask: dict[str, Any], state: str, code: int
-) -> None:
+async def test_the_engine_takes_term_as_told(server: FakeServer, ask: dict[str, Any], state: str, code: int) -> None:
     id = server.schedule(parameters={"do": "sleep", **ask})
     async with await engine(server, id) as process:
         await server.wait_state(id, "RUNNING")

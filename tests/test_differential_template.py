@@ -28,9 +28,7 @@ from procworker.errors import ConfigurationError, ObjectNotFound
 
 with tempfile.TemporaryDirectory() as home, pytest.MonkeyPatch.context() as patch:
     patch.setenv("PREFECT_HOME", home)  # importing Prefect makes this directory
-    prefect = pytest.importorskip(
-        "prefect", reason="compares with an installed Prefect 3.8: there is none here"
-    )
+    prefect = pytest.importorskip("prefect", reason="compares with an installed Prefect 3.8: there is none here")
     if not prefect.__version__.startswith("3.8."):
         pytest.skip(
             f"compares with Prefect 3.8, whose template engine differs from {prefect.__version__}'s",
@@ -149,9 +147,7 @@ def examples(count: int):
     return settings(max_examples=count, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-async def three_stages(
-    engine: Any, template: Any, job_variables: dict[str, Any], client: World, **options: Any
-) -> Any:
+async def three_stages(engine: Any, template: Any, job_variables: dict[str, Any], client: World, **options: Any) -> Any:
     filled = engine.apply_values(template, job_variables, **options)
     filled = await engine.resolve_block_document_references(filled, client=client)
     return await engine.resolve_variables(filled, client=client)
@@ -164,9 +160,7 @@ def world(facts: dict[str, Any], engine: Any) -> World:
     return World(**copy.deepcopy(facts), missing=prefect.exceptions.ObjectNotFound(Exception("404")))
 
 
-def outcome(
-    engine: Any, template: Any, job_variables: dict[str, Any], facts: dict[str, Any], **options: Any
-) -> str:
+def outcome(engine: Any, template: Any, job_variables: dict[str, Any], facts: dict[str, Any], **options: Any) -> str:
     """What three stages give, told with types, order and all; all refusals are alike."""
     template, job_variables = copy.deepcopy((template, job_variables))
     try:
@@ -199,9 +193,7 @@ def test_apply_values_gives_what_prefect_gives(template, values, remove_notset, 
 @examples(1200)
 @given(template=templates, values=values, facts=worlds, remove_notset=st.booleans())
 def test_three_stages_give_what_prefect_gives(template, values, facts, remove_notset):
-    mine, his = (
-        outcome(engine, template, values, facts, remove_notset=remove_notset) for engine in (ours, theirs)
-    )
+    mine, his = (outcome(engine, template, values, facts, remove_notset=remove_notset) for engine in (ours, theirs))
 
     assert mine == his
 
@@ -226,9 +218,7 @@ def test_get_from_dict_finds_what_prefect_finds(nest, path):
 
 
 paths = standard_names | st.sampled_from(["a.b.c", "a.c", "k.b[0]", "env.K", "env"])
-json_dicts = st.dictionaries(
-    st.sampled_from(["a", "b", "c", "k", "K", "env"]), nested(scalars, ["a", "b", "c", "K"])
-)
+json_dicts = st.dictionaries(st.sampled_from(["a", "b", "c", "k", "K", "env"]), nested(scalars, ["a", "b", "c", "K"]))
 
 
 @examples(300)

@@ -156,9 +156,7 @@ async def test_a_deployment_limits_its_runs(
 # Polling
 
 
-async def test_a_poll_returns_what_is_due_by_priority_then_time(
-    server: FakeServer, client: httpx.AsyncClient
-) -> None:
+async def test_a_poll_returns_what_is_due_by_priority_then_time(server: FakeServer, client: httpx.AsyncClient) -> None:
     server.add_pool("pool", queues=("high", "low"))
     low, later = server.schedule(queue="low"), server.schedule(queue="high", due_in=5)
     soon, far = server.schedule(queue="high", due_in=2), server.schedule(queue="high", due_in=99)
@@ -372,9 +370,7 @@ async def test_a_hanging_request_is_not_applied_when_the_client_gives_up(server:
     assert server.run(id).state.type == "SCHEDULED"
 
 
-async def test_an_outage_refuses_and_the_same_address_comes_back(
-    server: FakeServer, client: httpx.AsyncClient
-) -> None:
+async def test_an_outage_refuses_and_the_same_address_comes_back(server: FakeServer, client: httpx.AsyncClient) -> None:
     held = server.fault("GET", "/ready", hang=True)
     async with anyio.create_task_group() as tasks:
 

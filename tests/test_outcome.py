@@ -77,6 +77,18 @@ def test_a_non_zero_exit_is_a_crash_that_tells_code_and_remarks() -> None:
     assert proposal.message == "Flow run infrastructure exited with non-zero status code 3. Meaning. Hint."
 
 
+def test_what_an_exit_code_means_is_told_only_where_the_exit_was_not_our_doing() -> None:
+    killed = BaseWorkerResult(identifier="1", status_code=-9, explanation="Memory?", remarks=["7 survived."])
+
+    alone = decide(Facts(result=killed), history(*RUNNING))
+    cancelled = decide(Facts(reason=Reason.CANCELLED, result=killed), history(*CANCELLING))
+
+    assert alone is not None
+    assert alone.message.endswith("status code -9. Memory? 7 survived.")
+    assert cancelled is not None
+    assert cancelled.message == "Flow run was cancelled. 7 survived."
+
+
 @pytest.mark.parametrize("last", ["PENDING", "RUNNING"])
 def test_exit_0_without_a_report_is_a_crash_of_the_engine_but_not_of_a_command_of_ones_own(last: str) -> None:
     states = history("SCHEDULED", "PENDING", *(["RUNNING"] if last == "RUNNING" else []))

@@ -30,7 +30,7 @@ from procworker.server.models import FlowRun
 from procworker.settings import Settings
 from procworker.system import tree
 from procworker.system.child import join_command
-from procworker.system.tree import COOKIE, Entry, Family, Process, identify, is_alive, scan, send
+from procworker.system.tree import COOKIE, Entry, Family, Process, identify, is_alive, scan
 
 MISBEHAVE = (sys.executable, "-S", "-E", misbehave.__file__)
 HOST = socket.gethostname()
@@ -194,14 +194,14 @@ async def test_a_failure_is_explained_with_a_hint(bench: Bench) -> None:
 
     assert not result
     assert result.status_code == 127
-    assert result.remarks == ["The command was not found.", "Check PATH and whether the command is installed."]
+    assert result.explanation == "The command was not found. Check PATH and whether the command is installed."
 
 
 async def test_a_signal_is_explained(bench: Bench) -> None:
     result = await bench.run("die 9")
 
     assert result.status_code == -9
-    assert "SIGKILL" in result.remarks[0]
+    assert "SIGKILL" in result.explanation
 
 
 @pytest.mark.parametrize("command", ["'unclosed", "no-such-command"])
@@ -400,7 +400,7 @@ async def test_what_a_run_leaves_behind_is_ended(bench: Bench, caplog: pytest.Lo
     result = await bench.run(mode)
 
     assert result.status_code == 0
-    assert "Ended 1 processes that the flow run left behind" in caplog.text
+    assert "Processes left behind by the flow run were ended: 1" in caplog.text
     assert misbehave.survivors(str(bench.flow_run.id)) == {}
 
 
@@ -428,7 +428,7 @@ async def test_leftovers_can_be_allowed(make_bench: MakeBench, caplog: pytest.Lo
     left = identify(int(await bench.until_printed("CHILD")))
 
     assert left is not None
-    assert send(left, signal.SIGKILL)
+    await Family(left, "no cookie").end(0.0)
     assert result.status_code == 0
     assert "left behind" not in caplog.text
     assert bench.directories == []

@@ -413,7 +413,7 @@ async def test_a_timeout_ends_the_run_and_is_named(server: FakeServer) -> None:
         state = await server.wait_state(id, "CRASHED")
 
     assert state.name == "TimedOut"
-    assert "0.1 seconds" in str(state.message)
+    assert "timeout of 0.1 s" in str(state.message)
 
 
 async def test_deployment_and_flow_are_read_once_for_all_runs_of_a_poll(server: FakeServer) -> None:

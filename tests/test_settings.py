@@ -78,9 +78,7 @@ def test_sources_win_in_prefects_order(load: Load, cwd: Path, home: Path) -> Non
     assert load().worker_query_seconds is None
 
 
-def test_an_explicit_profile_wins_over_the_environment_and_replaces_the_active_one(
-    load: Load, home: Path
-) -> None:
+def test_an_explicit_profile_wins_over_the_environment_and_replaces_the_active_one(load: Load, home: Path) -> None:
     write_profiles(
         home,
         'active = "a"\n[profiles.a]\nPREFECT_UI_URL = "http://a"\nPREFECT_LOGGING_LEVEL = "ERROR"\n'
@@ -97,9 +95,7 @@ def test_an_explicit_profile_wins_over_the_environment_and_replaces_the_active_o
 def test_names_are_read_in_any_case_and_the_upper_case_one_wins(load: Load, cwd: Path) -> None:
     (cwd / ".env").write_text("prefect_worker_prefetch_seconds=4\n")
 
-    settings = load(
-        prefect_worker_query_seconds="1", PREFECT_UI_URL="http://upper", prefect_ui_url="http://lower"
-    )
+    settings = load(prefect_worker_query_seconds="1", PREFECT_UI_URL="http://upper", prefect_ui_url="http://lower")
 
     assert (settings.worker_query_seconds, settings.worker_prefetch_seconds) == (1, 4)
     assert settings.ui_url == "http://upper"
@@ -238,9 +234,7 @@ def test_dotenv_values_arrive_as_written(load: Load, cwd: Path, line: str, value
 def test_dotenv_lines_that_are_no_assignments_are_named_and_skipped(
     load: Load, cwd: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (cwd / ".env").write_text(
-        "# PREFECT_UI_URL=no\n\nhunter2 rubbish\nBARE\nX='open\nPREFECT_UI_URL=http://ui\n"
-    )
+    (cwd / ".env").write_text("# PREFECT_UI_URL=no\n\nhunter2 rubbish\nBARE\nX='open\nPREFECT_UI_URL=http://ui\n")
 
     with caplog.at_level(logging.WARNING):
         assert load().ui_url == "http://ui"
@@ -268,9 +262,7 @@ def test_a_directory_called_dotenv_is_not_read(load: Load, cwd: Path) -> None:
 # --- profiles
 
 
-def test_packaged_profiles_need_no_file_and_a_users_profile_replaces_its_namesake(
-    load: Load, home: Path
-) -> None:
+def test_packaged_profiles_need_no_file_and_a_users_profile_replaces_its_namesake(load: Load, home: Path) -> None:
     assert load(PREFECT_PROFILE="local").api_url == "http://127.0.0.1:4200/api"
     assert load("cloud").exported == {}
     assert load("default").profile == "default"
@@ -303,9 +295,7 @@ def test_any_other_unknown_profile_is_a_warning(
     assert "mine" in caplog.text
 
 
-def test_profiles_path_is_found_where_prefect_finds_it(
-    load: Load, cwd: Path, home: Path, tmp_path: Path
-) -> None:
+def test_profiles_path_is_found_where_prefect_finds_it(load: Load, cwd: Path, home: Path, tmp_path: Path) -> None:
     text = 'active = "x"\n[profiles.x]\nPREFECT_UI_URL = "http://{}"\n'
     write_profiles(home, text.format("home"))
     assert load().ui_url == "http://home"
@@ -526,9 +516,7 @@ def test_everything_that_was_set_is_exported_as_it_was_written(load: Load, cwd: 
         ({"RUNNER_TEMP": "/job"}, "linux", "~/.local/state/procworker"),
     ],
 )
-def test_state_lives_where_the_platform_or_the_job_keeps_it(
-    environ: dict[str, str], platform: str, place: str
-) -> None:
+def test_state_lives_where_the_platform_or_the_job_keeps_it(environ: dict[str, str], platform: str, place: str) -> None:
     assert default_state_home(environ, platform) == place
 
 

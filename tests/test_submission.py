@@ -17,7 +17,7 @@ from procworker.errors import ConfigurationError
 from procworker.server.models import FlowRun
 from procworker.submission import FlowRunFuture, entrypoint_of, flow_names
 
-FLOWS = '''
+FLOWS = """
 from prefect import flow, task
 import prefect
 from elsewhere import borrowed as taken, other
@@ -35,7 +35,7 @@ async def attribute(): ...
 def no_flow(): ...
 
 made = flow(lambda: None)
-'''
+"""
 
 
 @pytest.fixture

@@ -28,9 +28,7 @@ from procworker.template import (
 )
 
 
-def resolve(
-    template: Any, values: dict[str, Any] | None = None, world: World | None = None, **options: Any
-) -> Any:
+def resolve(template: Any, values: dict[str, Any] | None = None, world: World | None = None, **options: Any) -> Any:
     """Take a template through the three stages."""
     client = world or World()
     filled = apply_values(template, values or {}, **options)
@@ -41,9 +39,7 @@ def resolve(
 # --- apply_values
 
 
-@pytest.mark.parametrize(
-    "value", [None, 0, False, 0.0, "", [], {}, 3, "text", ["a", 1], {"b": {"c": None}}], ids=repr
-)
+@pytest.mark.parametrize("value", [None, 0, False, 0.0, "", [], {}, 3, "text", ["a", 1], {"b": {"c": None}}], ids=repr)
 @pytest.mark.parametrize("template", ["{{ a }}", "{{a}}", "<< a >>", "<<a>>", "{{\ta\n}}"])
 def test_a_placeholder_that_is_the_whole_text_keeps_the_type_of_its_value(template, value):
     assert apply_values(template, {"a": value}) is value
@@ -119,9 +115,7 @@ def test_skipped_prefixes_and_references_stay():
 
 def test_a_missing_value_is_warned_about_if_asked(caplog):
     with caplog.at_level(logging.WARNING):
-        apply_values(
-            ["{{ nowhere }}", "<< $NOWHERE >>", "{{ here }}"], {"here": 1}, warn_on_notset=True, environ={}
-        )
+        apply_values(["{{ nowhere }}", "<< $NOWHERE >>", "{{ here }}"], {"here": 1}, warn_on_notset=True, environ={})
 
     assert [record.args for record in caplog.records] == [("{{ nowhere }}",), ("<< $NOWHERE >>",)]
 
@@ -176,9 +170,7 @@ def test_angles_with_an_unknown_name_stay_byte_for_byte(text):
 
 
 shell_text = st.lists(
-    st.sampled_from(
-        [" ", "\n", "cat", "<<", ">>", ">", "<", "EOF", "-", "'", ".x", "[0]", "!", "{", "}", "\u00a0"]
-    ),
+    st.sampled_from([" ", "\n", "cat", "<<", ">>", ">", "<", "EOF", "-", "'", ".x", "[0]", "!", "{", "}", "\u00a0"]),
     max_size=12,
 ).map("".join)
 
@@ -257,9 +249,7 @@ def test_unknown_placeholders_come_with_the_nearest_known_name():
 
 def test_what_a_stage_puts_in_is_read_by_later_stages_only():
     world = World(
-        blocks={
-            ("secret", "s"): {"value": "{{ a }} {{ prefect.blocks.secret.s }} {{ prefect.variables.v }}"}
-        },
+        blocks={("secret", "s"): {"value": "{{ a }} {{ prefect.blocks.secret.s }} {{ prefect.variables.v }}"}},
         variables={"v": "{{ a }} {{ prefect.variables.v }}"},
     )
     filled = resolve("{{ a }}", {"a": "{{ b }} << prefect.blocks.secret.s >>", "b": "never"}, world)
@@ -408,9 +398,7 @@ def nest(levels: int, shape: Any = lambda inner: [inner]) -> Any:
     return value
 
 
-shapes = pytest.mark.parametrize(
-    "shape", [lambda inner: [inner], lambda inner: {"k": inner}], ids=["list", "dict"]
-)
+shapes = pytest.mark.parametrize("shape", [lambda inner: [inner], lambda inner: {"k": inner}], ids=["list", "dict"])
 
 
 @shapes

@@ -78,16 +78,29 @@ def execute(arguments: argparse.Namespace) -> int:
 async def _start(settings: Settings, arguments: argparse.Namespace) -> int:
     from contextlib import AsyncExitStack
 
+    import anyio
+
     from procworker.cli.common import embedded, signals_counted, wait_for_server
 
-    async with AsyncExitStack() as stack:
-        if arguments.local:
-            settings = await stack.enter_async_context(embedded(settings, arguments.python, keep=True))
-        if arguments.run_once and settings.api_url:
-            await wait_for_server(settings, arguments.startup_timeout)
-        worker = await _build(settings, arguments)
-        await stack.enter_async_context(signals_counted(lambda number: worker.stop()))
-        await worker.start(arguments.run_once, arguments.with_healthcheck, printer=_say)
+    worker: Any = None
+
+    def interrupt(number: int) -> None:
+        if worker is not None and worker.is_setup:
+            worker.stop()
+        else:
+            starting.cancel()  # there is nothing to finish yet
+
+    with anyio.CancelScope() as starting:
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(signals_counted(interrupt))
+            if arguments.local:
+                settings = await stack.enter_async_context(embedded(settings, arguments.python, keep=True))
+            if arguments.run_once and settings.api_url:
+                await wait_for_server(settings, arguments.startup_timeout)
+            worker = await _build(settings, arguments)
+            await worker.start(arguments.run_once, arguments.with_healthcheck, printer=_say)
+    if starting.cancelled_caught:
+        return 0
     failed = worker.outcomes.total() - worker.outcomes["COMPLETED"]
     return 1 if arguments.run_once and failed else 0
 

@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import anyio
 from anyio.abc import Process as Spawned
@@ -67,6 +68,8 @@ async def spawn(argv: Sequence[str], *, cwd: Path, env: Mapping[str, str], stdou
     for name, value in env.items():
         if not name or "=" in name or "\0" in name + value:
             raise SpawnError(f"The environment variable {name!r} has a character that no environment can hold.")
+    group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", None)  # on Windows
+    flags: dict[str, Any] = {"creationflags": group} if group else {}
     out = err = -1
     try:
         out, err = _open_private(stdout), _open_private(stderr)
@@ -80,7 +83,7 @@ async def spawn(argv: Sequence[str], *, cwd: Path, env: Mapping[str, str], stdou
                 cwd=cwd,
                 env=dict(env),
                 start_new_session=os.name == "posix",
-                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+                **flags,
             )
     except (OSError, ValueError) as error:
         raise SpawnError(_explain(error, argv, env)) from error

@@ -378,7 +378,7 @@ def test_a_run_starts_in_a_temporary_directory_that_goes_with_it(outcomes: Outco
 @each_server
 def test_what_was_left_behind_is_named_in_the_log(outcomes: Outcomes) -> None:
     run = outcomes["background process"]
-    assert "Ended 1 processes that the flow run left behind" in str(run)
+    assert "Processes left behind by the flow run were ended: 1" in str(run)
 
 
 @each_server
