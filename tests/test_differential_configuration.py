@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import tempfile
 from typing import Any
 
@@ -63,7 +64,8 @@ def outcome(cls: Any, job: Any, schema: Any, values: Any, world: Any, missing: A
 
 MISSING_THERE = prefect.exceptions.ObjectNotFound(http_exc=Exception("404"))
 MISSING_HERE = ObjectNotFound("404", 404)
-EXAMPLES = settings(max_examples=800, deadline=None, suppress_health_check=list(HealthCheck))
+MORE = int(os.environ.get("PROCWORKER_TEST_EXAMPLES", "1"))
+EXAMPLES = settings(max_examples=800 * MORE, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @EXAMPLES

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import tempfile
 from typing import Any, NamedTuple
 
@@ -144,7 +145,8 @@ def environ():
 
 
 def examples(count: int):
-    return settings(max_examples=count, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    more = int(os.environ.get("PROCWORKER_TEST_EXAMPLES", "1"))
+    return settings(max_examples=count * more, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 async def three_stages(engine: Any, template: Any, job_variables: dict[str, Any], client: World, **options: Any) -> Any:

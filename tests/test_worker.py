@@ -82,7 +82,7 @@ async def test_a_heartbeat_says_name_and_whole_seconds(server: FakeServer) -> No
 async def test_a_pool_of_another_type_is_refused_at_the_start(server: FakeServer) -> None:
     server.add_pool(type="kubernetes")
 
-    with pytest.raises(ConfigurationError, match="'kubernetes'.*'process'"):
+    with pytest.raises(ConfigurationError, match=r"'kubernetes'.*'process'"):
         async with make(server):
             pass
 
@@ -109,7 +109,7 @@ async def test_a_server_that_is_away_is_waited_for(server: FakeServer, caplog: p
     id = server.schedule(server.add_deployment())
     await server.down()
     async with working(make(server, completing(server), heartbeat_interval_seconds=0.1)) as worker:
-        while not worker.is_setup:
+        while not worker.is_setup:  # noqa: ASYNC110 - it tells nobody
             await anyio.sleep(0.01)
         await server.up()
         await server.wait_state(id, "COMPLETED")
