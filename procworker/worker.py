@@ -22,6 +22,7 @@ from procworker.health import health_server
 from procworker.logs import RunLogger
 from procworker.loops import Loop, Moved
 from procworker.outcome import Reason
+from procworker.pool import check_type, fill_empty_template, read_or_create
 from procworker.registry import WorkerType
 from procworker.run import CANCEL_GRACE_SECONDS, Run, Sources
 from procworker.server import events
@@ -262,38 +263,16 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
         """Read the work pool (create it where that is allowed) and send a heartbeat."""
         if self._client is None or self._work_pool_name is None:
             return
-        pool = await self._read_or_create_pool(self._client, self._work_pool_name)
+        client, name, create = self._client, self._work_pool_name, self._create_pool_if_not_found
+        pool = await read_or_create(client, name, self.type, self._base_job_template, create, self._logger)
         if pool is None:
             return
-        if pool.type != self.type and (self._work_pool is None or self._work_pool.type != pool.type):
-            text = f"work pool {pool.name!r} is of type {pool.type!r}, but this worker serves {self.type!r} pools"
-            if not self.is_setup:
-                raise ConfigurationError(f"{text}: choose another pool, or another worker type with --type")
-            self._logger.warning("Now %s", text)
+        check_type(pool, self._work_pool, self.type, self._logger)
+        pool = await fill_empty_template(client, pool, self.get_default_base_job_template)
         self._work_pool = pool
-        worker_id = await self._client.send_worker_heartbeat(
-            pool.name,
-            self.name,
-            self.heartbeat_interval_seconds,
-            get_worker_id=self.backend_id is None,
-            retries=0,
-        )
+        interval, wants_id = self.heartbeat_interval_seconds, self.backend_id is None
+        worker_id = await client.send_worker_heartbeat(pool.name, self.name, interval, wants_id, retries=0)
         self.backend_id = worker_id or self.backend_id
-
-    async def _read_or_create_pool(self, client: Client, name: str) -> WorkPool | None:
-        try:
-            pool = await client.read_work_pool(name, retries=0)
-        except ObjectNotFound:
-            if not self._create_pool_if_not_found:
-                self._logger.warning("Work pool %r does not exist: create it, or choose another with --pool", name)
-                return None
-            pool = await client.create_work_pool(name, self.type, self._base_job_template)
-            self._logger.info("Work pool %r created", name)
-        if not pool.base_job_template:
-            template = self.get_default_base_job_template()
-            await client.update_work_pool(name, template)
-            pool = pool.model_copy(update={"base_job_template": template})
-        return pool
 
     def is_worker_still_polling(self, query_interval_seconds: float) -> bool:
         """Was the last poll at most 30 intervals (seconds) ago? The server's announced maintenance does not count."""
@@ -445,12 +424,11 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
         if self._outbox is None:
             return None
         objects: dict[str, Any] = {}
-        identifier = status_code = None
+        result = run.result if run else None
         if run is not None:
             objects = {"deployment": run.deployment, "flow": run.flow, "flow-run": run.flow_run}
-        if run is not None and run.result is not None:
-            identifier, status_code = run.result.identifier, run.result.status_code
-        related = events.related(objects, self._work_pool, identifier, status_code)
+        known = (result.identifier, result.status_code) if result is not None else (None, None)
+        related = events.related(objects, self._work_pool, *known)
         made = events.event(event, events.worker_resource(self.type, self.name), related, follows)
         self._outbox.event(made)
         return made

@@ -36,7 +36,7 @@ LAYERS = [
     {"settings", "template", "loops", "logs", "health"},
     {"server", "system"},
     {"configuration"},
-    {"outcome", "registry", "submission"},
+    {"outcome", "pool", "registry", "submission"},
     {"run"},
     {"shift"},
     {"worker"},
@@ -46,7 +46,7 @@ LAYERS = [
 ]
 """Each part may import from the lines above its own. Parts on one line do not know each other."""
 
-NO_PROCESSES = {"configuration", "outcome", "registry", "submission", "run", "shift", "worker"}
+NO_PROCESSES = {"configuration", "outcome", "pool", "registry", "submission", "run", "shift", "worker"}
 """Parts that could import system/ by their place, but must not know that processes exist."""
 
 SHAPES = "procworker.server.models"
@@ -55,7 +55,7 @@ SHAPES = "procworker.server.models"
 DEPENDENCIES = {"anyio", "httpx", "psutil", "pydantic", "tomli"}
 
 LONGEST = 400
-LONGER = {"worker.py": 462}
+LONGER = {"worker.py": 442}
 """Files that are still too long, with the lines they have now: a number may fall, and no name may be added."""
 
 
