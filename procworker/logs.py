@@ -37,7 +37,10 @@ class RunLogger(LoggerAdapter):
         super().log(level, msg, *args, **kwargs)
 
     def _record(self, level: int, msg: object, args: tuple[object, ...], exc_info: Any) -> dict[str, Any]:
-        message = str(msg) % args if args else str(msg)
+        try:
+            message = logging.LogRecord(self.logger.name, level, "", 0, msg, args, None).getMessage()
+        except (TypeError, ValueError, KeyError):  # logging itself complains about it
+            message = str(msg)
         if isinstance(exc_info, BaseException):
             message += "\n" + "".join(traceback.format_exception(exc_info)).rstrip()
         elif exc_info:

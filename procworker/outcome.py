@@ -39,6 +39,8 @@ class Facts:
     """Its infrastructure may outlive our losing sight of it, and then its own engine reports."""
     must_report: bool = False
     """It was the engine that ran, whose exit code 0 is a promise to have reported."""
+    retries_here: bool = False
+    """A retry that it waits for was to happen in its own process."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,16 @@ def carries_id(state: State, transition_id: UUID) -> bool:
 
 
 def latest_attempt(history: Sequence[State]) -> Sequence[State]:
-    """Return what followed the last SCHEDULED state (everything, for a run that was never scheduled)."""
-    start = max((i + 1 for i, state in enumerate(history) if state.type == "SCHEDULED"), default=0)
+    """Return what followed the last SCHEDULED state (everything, for a run that was never scheduled).
+
+    An engine that waits for its own retry is SCHEDULED too, named AwaitingRetry, in the middle of its attempt.
+    """
+    start = 0
+    for i, state in enumerate(history):
+        retries = state.name == "AwaitingRetry" and i > 0 and history[i - 1].type == "RUNNING"
+        claimed = i + 1 < len(history) and history[i + 1].type == "PENDING"
+        if state.type == "SCHEDULED" and (claimed or not retries):
+            start = i + 1
     return history[start:]
 
 
@@ -100,6 +110,8 @@ def decide(facts: Facts, history: Sequence[State]) -> Proposal | None:
     if final:
         return None
     if facts.reason is Reason.STOPPED:
+        if facts.may_live_on:
+            return None
         return Proposal("CRASHED", "Crashed", _message(facts.reason_text, facts))
     if isinstance(facts.error, DeploymentGone):
         return Proposal("CANCELLED", "Cancelled", str(facts.error), force=True)
@@ -111,7 +123,7 @@ def decide(facts: Facts, history: Sequence[State]) -> Proposal | None:
 
 def _judge_exit(result: BaseWorkerResult, current: State, facts: Facts) -> Proposal | None:
     code = result.status_code
-    rescheduled = current.type == "SCHEDULED" and current.state_details.get("retry_type") != "in_process"
+    rescheduled = current.type == "SCHEDULED" and not facts.retries_here
     suspended = current.type == "PAUSED" and current.state_details.get("pause_reschedule")
     if rescheduled or suspended:
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import suppress
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 from uuid import UUID, uuid4
 
 import anyio
+import anyio.to_thread
 from anyio.abc import TaskGroup, TaskStatus
 from pydantic import ValidationError
 
@@ -45,13 +47,13 @@ class Sources:
     """What the runs of one poll belong to, read once each."""
 
     def __init__(self) -> None:
-        self._lock = anyio.Lock()
+        self._locks: defaultdict[UUID, anyio.Lock] = defaultdict(anyio.Lock)
         self._found: dict[UUID, Any] = {}
 
     async def read(self, id: UUID | None, read: Callable[[UUID], Awaitable[T]]) -> T | None:
         if id is None:
             return None
-        async with self._lock:
+        async with self._locks[id]:
             if id not in self._found:
                 self._found[id] = await patiently(partial(read, id))
             found: T = self._found[id]
@@ -115,14 +117,20 @@ class Run:
         self.final_state: State | None = None
         self.future: FlowRunFuture | None = None
         self.reporting = anyio.CancelScope(shield=True)
+        self.refusal: str | None = None
+        self.ending = False
+        self._preparing = anyio.CancelScope()
         self._running = anyio.CancelScope()
+        self._entered = False
+        self._named = anyio.Event()
         self._configured_command = False
         self._host = host
         self._sources = sources
 
     @property
     def starting(self) -> bool:
-        return self.identifier is None and self.result is None and self.error is None
+        """Is it still being prepared, so that its start is to come?"""
+        return not self._entered and self.error is None
 
     @property
     def stopped_text(self) -> str:
@@ -131,10 +139,12 @@ class Run:
     async def walk(self) -> None:
         """Claim, configure, run, report; whatever goes wrong in a run stays in it."""
         try:
-            if not self.claimed:
-                await self._claim()
-            if self.claimed:
-                await self._configure()
+            with self._preparing:
+                if not self.claimed:
+                    await self._claim()
+                if self.claimed:
+                    await self._configure()
+            if self.configuration is not None:
                 await self._execute()
         except Exception as caught:
             self.error = error = single(caught)
@@ -142,6 +152,7 @@ class Run:
             text = one_line(error)
             self.log.error("Flow run %r failed: %s", self.flow_run.name, text, exc_info=None if known else error)
         finally:
+            self._named.set()
             if self.claimed:
                 await self._report()
 
@@ -159,12 +170,14 @@ class Run:
             # It may have been applied all the same: the history tells.
         except ApiError as error:
             self.log.warning("Flow run %r could not be claimed: %s", name, error)
+            self.refusal = str(error)
             return
         else:
             # A REJECT that shows our own transition id answers a repeated request.
             own = answer.state is not None and carries_id(answer.state, self.transition_id)
             if not own or answer.state is None or answer.state.type != "PENDING":
                 self.log.info("Flow run %r is not ours to run: %s", name, answer.details.get("reason", answer.status))
+                self.refusal = str(answer.details.get("reason") or answer.status)
                 await self._cancel_without_deployment()
                 return
         self.claimed = True
@@ -232,7 +245,8 @@ class Run:
         )
         configuration = await host.job_configuration.from_template_and_values(template, variables, host.client)
         self._configured_command = configuration.command is not None
-        configuration._inherited = host._inherited_environment(configuration)
+        # In a thread: it may ask an interpreter which Prefect it has.
+        configuration._inherited = await anyio.to_thread.run_sync(host._inherited_environment, configuration)
         configuration.prepare(flow_run, self.deployment, self.flow, pool, host.name, host.backend_id)
         self.configuration = configuration
 
@@ -240,19 +254,22 @@ class Run:
         """Run it to its end, whoever ends it."""
         if self.reason is not None:
             return
-        host = self._host
+        host, self._entered = self._host, True
         self.log.info("Worker %r submitting flow run %r", host.name, str(self.id))
         submitted = host._emit("prefect.worker.submitted-flow-run", self)
         async with anyio.create_task_group() as beside:
             started = Started(partial(self._started, beside))
             with self._running:
                 self.result = await host.run(self.flow_run, self.configuration, task_status=started)
+                if self.result is None:
+                    raise ProcworkerError(f"{type(host).__name__}.run() returned nothing: return how the run ended")
                 host._emit("prefect.worker.executed-flow-run", self, submitted)
             beside.cancel_scope.cancel()
 
     def _started(self, beside: TaskGroup, identifier: str) -> None:
         """The infrastructure exists: what follows from that happens beside the line."""
         self.identifier = identifier
+        self._named.set()
         self.log.info("Flow run %r started as %s", self.flow_run.name, identifier)
         self._host._in_background(self._tell)
         seconds = getattr(self.configuration, "timeout_seconds", None)
@@ -277,27 +294,37 @@ class Run:
     async def _stop_after(self, seconds: float) -> None:
         await anyio.sleep(seconds)
         text = f"The flow run exceeded its timeout of {seconds:g} s and was ended."
-        self._host._in_background(self.stop, Reason.TIMED_OUT, text, CANCEL_GRACE_SECONDS)
+        self._host._in_background(self.stop, Reason.TIMED_OUT, text)
 
-    async def cancel(self, grace: float) -> None:
+    async def cancel(self, grace: float | None = None) -> None:
         """Cancel it on our own account; where the server can be asked, its history says so first."""
         with anyio.move_on_after(ASK_SECONDS), suppress(ApiError):
             await self._host.client.set_flow_run_state(self.id, new_state("CANCELLING"), retries=0)
         await self.stop(Reason.CANCELLED, "", grace)
 
-    async def stop(self, reason: Reason, text: str, grace: float) -> None:
-        """Write down why, then end its processes; asking again can only shorten the grace (seconds)."""
-        if self.reason is None:
+    async def stop(self, reason: Reason, text: str = "", grace: float | None = None) -> None:
+        """Write down why, then end its processes; asking again can only shorten the grace.
+
+        Without a grace (seconds) the job's own `grace_seconds` counts, or CANCEL_GRACE_SECONDS.
+        """
+        if self.reason is None and self.result is None:
             self.reason, self.reason_text = reason, text
             self.log.info("Ending flow run %r: %s", self.flow_run.name, text or reason.value)
-        if reason is not Reason.STOPPED:
+        if grace is None:
             own = getattr(self.configuration, "grace_seconds", None)
-            grace = grace if own is None else own
+            grace = CANCEL_GRACE_SECONDS if own is None else float(own)
         await self._end(grace)
 
     async def _end(self, grace: float) -> None:
+        self.ending = True
         if self.identifier is None:
-            return  # not started: the line looks at the reason before it starts anything
+            self._preparing.cancel()
+            if self._entered:  # give it time to name what there is to end
+                with anyio.move_on_after(grace):
+                    await self._named.wait()
+                if self.identifier is None:
+                    self._running.cancel()
+            return
         try:
             await self._host.kill_infrastructure(self.identifier, self.configuration, grace)
         except InfrastructureNotFound:
@@ -305,6 +332,7 @@ class Run:
         except NotImplementedError:
             self._running.cancel()
         except Exception as error:
+            self.ending = False  # whoever wanted the end will ask again
             self.log.warning("Flow run %r could not be ended: %s", self.flow_run.name, one_line(error))
 
     async def _report(self) -> None:
@@ -321,8 +349,9 @@ class Run:
                 if self.reason is Reason.CANCELLED and self.result is not None:
                     self._host._emit("prefect.worker.cancelled-flow-run", self)
                 return
-            except ApiError as error:
-                self.log.error("The end of flow run %r could not be reported: %s", self.flow_run.name, error)
+            except Exception as error:
+                text = "The end of flow run %r could not be reported: %s"
+                self.log.error(text, self.flow_run.name, one_line(error))
         if self.reporting.cancelled_caught:
             self.log.error("The end of flow run %r could not be reported in time", self.flow_run.name)
 
@@ -333,13 +362,18 @@ class Run:
             self.log.info("Flow run %r was deleted or started again elsewhere", self.flow_run.name)
             return None
         ends_with_run = self._host.ends_with_run
+        retries_here = False
+        if history[-1].type == "SCHEDULED":
+            policy = ((await client.read_flow_run(self.id)).model_extra or {}).get("empirical_policy") or {}
+            retries_here = policy.get("retry_type") == "in_process"
         facts = Facts(
             self.reason,
             self.reason_text,
             self.result,
             self.error,
-            may_live_on=self.identifier is not None and not ends_with_run,
+            may_live_on=self.identifier is not None and self.result is None and not ends_with_run,
             must_report=ends_with_run and not self._configured_command,
+            retries_here=retries_here,
         )
         proposal = decide(facts, history)
         if proposal is None or carries_id(history[-1], transition_id):
@@ -351,7 +385,8 @@ class Run:
         state = new_state(proposal.type, proposal.name, proposal.message, transition_id, details)
         answer = await client.set_flow_run_state(self.id, state, force=proposal.force)
         if answer.status != "ACCEPT":
-            return (await client.read_flow_run_states(self.id))[-1]
+            history = await client.read_flow_run_states(self.id)
+            return history[-1] if history else None
         level = logging.INFO if proposal.type == "CANCELLED" else logging.ERROR
         self.log.log(level, "Reported flow run %r as %s: %s", self.flow_run.name, proposal.name, proposal.message)
         if self.result is not None and self.result.tail and proposal.type == "CRASHED":

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import tempfile
+from base64 import b64encode
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -38,6 +39,7 @@ RENAMED = {  # old spelling: the one that Prefect 3 prefers
 HEADERS = "PREFECT_CLIENT_CUSTOM_HEADERS"  # the one setting that is a table in toml
 EXPORTED = re.compile(r"PREFECT_(?!_|PROFILE$|PROFILES_PATH$)")
 SECRET = re.compile(r"SECRET|PASSW|(KEY|TOKEN|AUTH|AUTH_STRING|AUTHORIZATION|CREDENTIALS?|COOKIE)$", re.I)
+STRIPPED = ("PREFECT_API_URL", "PREFECT_API_KEY", "PREFECT_API_AUTH_STRING")  # files of secrets end in a newline
 HTTP_URL = re.compile(r"https?://([^/\s]*@)?(\[[0-9a-f:.]+\]|[^/\s:@\[\]]+)(:\d+)?(/\S*)?", re.I)
 USER_INFO = re.compile(r"[^/@\s]*@")
 DOTENV_LINE = re.compile(
@@ -124,7 +126,8 @@ class Settings(BaseModel, frozen=True, hide_input_in_errors=True, validate_defau
         known |= {f: found[key] for f in cls.model_fields if (key := f"PREFECT_{f.upper()}") in found}
         known["home"] = place(known.get("home") or "~/.prefect")
         known["state_home"] = place(found.get("PROCWORKER_HOME") or default_state_home(env))
-        known["exported"] = {key: value for key, value in found.items() if EXPORTED.match(key)}
+        exported = {key: value for key, value in found.items() if EXPORTED.match(key)}
+        known["exported"] = {k: v.strip() if k in STRIPPED else v for k, v in exported.items()}
         try:
             return cls(**known | {"profile": name})
         except ValidationError as error:
@@ -145,14 +148,19 @@ class Settings(BaseModel, frozen=True, hide_input_in_errors=True, validate_defau
     def secrets(self) -> frozenset[str]:
         """List every known value that no output may show."""
         key, auth = (s.get_secret_value() if s else "" for s in (self.api_key, self.api_auth_string))
-        own = {"KEY": key, "AUTH": auth, "PASSWORD": auth.partition(":")[2], "URL": self.api_url}
+        basic = b64encode(auth.encode()).decode()
+        own = {"KEY": key, "AUTH": auth, "PASSWORD": auth.partition(":")[2], "TOKEN": basic, "URL": self.api_url}
         return secrets_in(own) | secrets_in(self.exported) | secrets_in(self.client_custom_headers)
 
     @field_validator("api_url")
     @classmethod
     def _check_url(cls, url: str | None) -> str | None:
-        if url is None or HTTP_URL.fullmatch(url):
-            return url and url.rstrip("/")
+        if url is None:
+            return None
+        if match := HTTP_URL.fullmatch(url):
+            if int((match[3] or ":0")[1:]) > 65535:
+                raise ValueError("a port is at most 65535")
+            return url.rstrip("/")
         meant = USER_INFO.sub("", url.rpartition("://")[2]).strip("/") or "127.0.0.1:4200"
         meant += "" if "/" in meant else "/api"
         raise ValueError(f"not an http or https URL; did you mean 'http://{meant}'?")

@@ -9,11 +9,13 @@ from uuid import UUID
 import anyio
 from anyio.abc import TaskGroup
 
+from procworker.errors import Unreachable
 from procworker.loops import Loop, Moved
 from procworker.outcome import Reason
 from procworker.run import Run
 
 STOP_GRACE_SECONDS, DRAIN_SECONDS, LAST_REPORT_SECONDS = 10.0, 10.0, 10.0
+RETRY_SECONDS = 1.0
 
 
 class Shift:
@@ -41,9 +43,7 @@ class Shift:
                 polling.start_soon(self._polling.run)
                 await self._moved.until(lambda: self._stage > 0)
                 polling.cancel_scope.cancel()
-            with anyio.move_on_after(self.drain_seconds):
-                await self._moved.until(lambda: not self._runs or self._stage > 1)
-            await self._end_runs()
+            await self._drain()
             loops.cancel_scope.cancel()
 
     async def once(self, take: Callable[[], Awaitable[Any]], is_enough: Callable[[], bool]) -> None:
@@ -53,13 +53,25 @@ class Shift:
                 loops.start_soon(loop.run)
             while self._stage == 0:
                 before = self._moved.mark()
-                await take()
+                try:
+                    await take()
+                except Unreachable:
+                    if not self._runs:
+                        raise
+                    await anyio.sleep(RETRY_SECONDS)  # what runs already must not suffer
+                    continue
                 if is_enough():
                     break
                 await before.wait()
             await self._moved.until(lambda: not self._runs or self._stage > 0)
-            await self._end_runs()
+            await self._drain()
             loops.cancel_scope.cancel()
+
+    async def _drain(self) -> None:
+        """Let what runs finish for a while, then end it."""
+        with anyio.move_on_after(self.drain_seconds):
+            await self._moved.until(lambda: not self._runs or self._stage > 1)
+        await self._end_runs()
 
     async def _end_runs(self) -> None:
         async with anyio.create_task_group() as ending:

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Mapping
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,10 @@ class FlowRunFuture:
         try:
             asyncio.get_running_loop()
         except RuntimeError:
-            self._final.result(timeout)
+            try:
+                self._final.result(timeout)
+            except FutureTimeout:  # another class than the builtin on Python 3.10
+                raise TimeoutError from None
         else:
             raise RuntimeError("wait() would block the event loop that runs the flow: use `await future.wait_async()`")
 

@@ -6,6 +6,7 @@ import abc
 import builtins
 import logging
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack
@@ -20,7 +21,7 @@ from procworker.configuration import C, R, V
 from procworker.errors import ConfigurationError, ObjectNotFound, Unreachable, single
 from procworker.health import health_server
 from procworker.logs import RunLogger
-from procworker.loops import Loop, Moved
+from procworker.loops import Loop, Moved, jittered
 from procworker.outcome import Reason
 from procworker.pool import check_type, fill_empty_template, read_or_create
 from procworker.registry import WorkerType
@@ -30,7 +31,7 @@ from procworker.server.client import Client
 from procworker.server.models import FlowRun, WorkPool
 from procworker.server.outbox import Outbox
 from procworker.settings import Settings
-from procworker.shift import Shift
+from procworker.shift import LAST_REPORT_SECONDS, Shift
 from procworker.submission import FlowRunFuture, create_adhoc_run, entrypoint_of
 
 if TYPE_CHECKING:
@@ -109,8 +110,10 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
         self._started_event: dict[str, Any] | None = None
         self._poll_loop = Loop("Polling", self.get_and_submit_flow_runs, self._poll_seconds)
         heartbeat = Loop("The heartbeat", self.sync_with_backend, lambda: self.heartbeat_interval_seconds)
-        cancels = Loop("Looking for cancelled runs", self.check_for_cancelled_flow_runs, lambda: CANCEL_POLL_SECONDS)
-        self._shift = Shift(self._poll_loop, [heartbeat, cancels], self.runs, self._moved)
+        self._cancel_loop = Loop("Looking for cancelled runs", self.check_for_cancelled_flow_runs, lambda: 0.0)
+        self._watching = False
+        self._refused: dict[UUID, float] = {}
+        self._shift = Shift(self._poll_loop, [heartbeat], self.runs, self._moved)
 
     def __repr__(self) -> str:
         return f"Worker(pool={self._work_pool_name!r}, name={self.name!r})"
@@ -202,6 +205,7 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
                 "PREFECT_API_URL is not set: name your server's API, for example http://127.0.0.1:4200/api"
             )
         async with AsyncExitStack() as stack:
+            stack.callback(self._let_go)
             headers = {"X-Prefect-Worker-Name": self.name.strip(" \t")} if self.name.isascii() else {}
             self._client = await stack.enter_async_context(Client(self._settings, headers=headers))
             try:
@@ -214,18 +218,27 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
             self._stack = stack.pop_all()
         self.is_setup = True
 
+    def _let_go(self) -> None:
+        self._client = self._outbox = self._tasks = self._limiter = None
+
     async def teardown(self, *exc_info: Any) -> None:
         """Wait for what still runs (end it, when an exception is passed) and close everything."""
         self.is_setup = False
         exc_info = exc_info or (None, None, None)
-        if exc_info[0] is None:
-            await self._moved.until(lambda: not self.runs)
-            # What tells the server of pids and labels may still be trying.
-            _present(self._tasks).cancel_scope.deadline = anyio.current_time() + LAST_WORDS_SECONDS
-        if self._started_event:
-            self._emit("prefect.worker.stopped", follows=self._started_event)
-        await self._stack.__aexit__(*exc_info)
-        self._client = self._outbox = self._tasks = self._limiter = None
+        try:
+            if exc_info[0] is None:
+                await self._moved.until(lambda: not self.runs)
+                # What tells the server of pids and labels may still be trying.
+                _present(self._tasks).cancel_scope.deadline = anyio.current_time() + LAST_WORDS_SECONDS
+        except BaseException:
+            exc_info = sys.exc_info()
+            raise
+        finally:
+            for run in self.runs.values():
+                run.reporting.deadline = min(run.reporting.deadline, anyio.current_time() + LAST_REPORT_SECONDS)
+            if self._started_event:
+                self._emit("prefect.worker.stopped", follows=self._started_event)
+            await self._stack.__aexit__(*exc_info)
 
     async def start(
         self, run_once: bool = False, with_healthcheck: bool = False, printer: Callable[..., None] = print
@@ -241,7 +254,8 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
             self._started_event = self._emit("prefect.worker.started")
             printer(f"Worker {self.name!r} started!")
             if run_once:
-                await self.sync_with_backend()
+                if self._work_pool is None:
+                    await self.sync_with_backend()
                 await self._shift.once(self._take_some, self._took_enough)
             else:
                 await self._shift.work()
@@ -314,31 +328,29 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
     async def get_and_submit_flow_runs(self) -> list[FlowRun]:
         """Poll once and start as many due flow runs as there is room for; return those that are starting."""
         client = self.client
+        self._last_polled_time = datetime.now(timezone.utc)
         if self._work_pool_name is None or self._work_pool is None:
             return []  # not synced yet
         room = self._room()
         if room > 0:
             horizon = datetime.now(timezone.utc) + timedelta(seconds=int(self._prefetch_seconds))
+            now = anyio.current_time()
+            self._refused = {id: until for id, until in self._refused.items() if until > now}
+            most = len(self.runs) + len(self._refused) + room + 1
             try:
                 rows = await client.get_scheduled_flow_runs_for_work_pool(
-                    self._work_pool_name,
-                    sorted(self._work_queues),
-                    horizon,
-                    len(self.runs) + room + 1,
-                    retries=0,
+                    self._work_pool_name, sorted(self._work_queues), horizon, most, retries=0
                 )
             except ObjectNotFound as error:
                 self._logger.warning("Nothing to poll, the pool or a queue does not exist: %s", error)
                 rows = []
-            due = [row.flow_run for row in rows if row.flow_run.id not in self.runs]
+            known = self.runs.keys() | self._refused.keys()
+            due = [row.flow_run for row in rows if row.flow_run.id not in known]
+            room = self._room()  # submissions may have come meanwhile
             self._more_due = len(due) > room
             sources, answered_at = Sources(), anyio.current_time()
-            for flow_run in due[:room]:
-                run = Run(self, flow_run, self.get_flow_run_logger(flow_run), sources, answered_at)
-                if self._limiter is not None:
-                    self._limiter.acquire_on_behalf_of_nowait(run.id)
-                self._admit(run)
-        self._last_polled_time = datetime.now(timezone.utc)
+            for flow_run in due[: max(room, 0)]:
+                self._admit(Run(self, flow_run, self.get_flow_run_logger(flow_run), sources, answered_at))
         return [run.flow_run for run in self.runs.values() if run.starting]
 
     async def submit(
@@ -356,11 +368,11 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
 
     async def execute(self, flow_run: FlowRun, transition_id: UUID | None = None) -> FlowRunFuture:
         """Run an existing flow run now: one created in PENDING under transition_id, or a scheduled one to claim."""
+        if flow_run.id in self.runs:
+            raise ConfigurationError(f"flow run {flow_run.name!r} runs on this worker already")
         run = Run(self, flow_run, self.get_flow_run_logger(flow_run), Sources(), anyio.current_time())
         if transition_id is not None:
             run.transition_id, run.claimed = transition_id, True
-        if self._limiter is not None:
-            await self._limiter.acquire_on_behalf_of(run.id)
         run.future = FlowRunFuture(flow_run)
         self._admit(run)
         return run.future
@@ -369,20 +381,42 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
         self.runs[run.id] = run
         self._active_at = anyio.current_time()
         self._in_background(self._walk, run)
+        if not self._watching:
+            self._watching = True
+            self._in_background(self._watch_for_cancels)
 
     async def _walk(self, run: Run) -> None:
+        """See one run through, holding its place under the limit."""
+        limiter = self._limiter
         try:
-            await run.walk()
+            if limiter is not None:
+                await limiter.acquire_on_behalf_of(run.id)
+            try:
+                await run.walk()
+            finally:
+                if limiter is not None:
+                    limiter.release_on_behalf_of(run.id)
         finally:
             del self.runs[run.id]
-            if self._limiter is not None:
-                self._limiter.release_on_behalf_of(run.id)
             if run.claimed:
                 self.outcomes[run.final_state.type if run.final_state else "UNKNOWN"] += 1
+            elif run.refusal is not None:  # do not ask for it again at once
+                self._refused[run.id] = anyio.current_time() + IDLE_POLL_SECONDS
             if run.future is not None:
                 run.future.finish(run.final_state)
             self._active_at = anyio.current_time()
             self._run_moved()
+
+    async def _watch_for_cancels(self) -> None:
+        """Look for cancels while runs are at hand."""
+        try:
+            while self.runs:
+                with anyio.move_on_after(jittered(CANCEL_POLL_SECONDS)):
+                    await self._moved.until(lambda: not self.runs)
+                if self.runs:
+                    await self._cancel_loop.turn()
+        finally:
+            self._watching = False
 
     def _run_moved(self) -> None:
         """A run has started or ended: there may be room for the next."""
@@ -397,7 +431,7 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
 
     async def check_for_cancelled_flow_runs(self) -> None:
         """Ask once about all runs at hand, and end those that somebody wants cancelled."""
-        ids = [run.id for run in self.runs.values() if run.claimed and run.reason is None]
+        ids = [run.id for run in self.runs.values() if run.claimed and not run.ending]
         if ids:
             for flow_run in await self.client.read_flow_runs_by_state(ids, ["CANCELLING", "CANCELLED"], retries=0):
                 self._in_background(self.cancel_run, flow_run)
@@ -408,11 +442,16 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
         if run is None:
             self._logger.info("Flow run %r does not run on this worker", flow_run.name)
         else:
-            await run.stop(Reason.CANCELLED, "", CANCEL_GRACE_SECONDS)
+            await run.stop(Reason.CANCELLED)
 
-    def cancel_all(self, grace: float = CANCEL_GRACE_SECONDS) -> None:
-        """Cancel every run at hand on our own account; asked again, the grace (seconds) can only get shorter."""
+    def cancel_all(self, grace: float | None = None) -> None:
+        """Cancel every run at hand on our own account; asked again, the grace (seconds) can only get shorter.
+
+        Their reports are given up LAST_REPORT_SECONDS after the grace: a server that is away cannot hold us.
+        """
         for run in self.runs.values():
+            latest = anyio.current_time() + (CANCEL_GRACE_SECONDS if grace is None else grace) + LAST_REPORT_SECONDS
+            run.reporting.deadline = min(run.reporting.deadline, latest)
             self._in_background(run.cancel, grace)
 
     # Events

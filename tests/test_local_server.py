@@ -29,9 +29,11 @@ from procworker.local.server import (
     server_status,
     stop_servers,
 )
+from procworker.system.interpreter import locate
 
 ROOT = Path(__file__).parents[1]
-REAL = {name: os.environ.get(f"PROCWORKER_TEST_{name}") for name in ("PREFECT38", "PREFECT220")}
+GIVEN = {name: os.environ.get(f"PROCWORKER_TEST_{name}") for name in ("PREFECT38", "PREFECT220")}
+REAL = {name: locate(given) if given else None for name, given in GIVEN.items()}
 
 # Stands for uvicorn with Prefect's application: all that the bootstrap needs, and what can go wrong with it.
 FAKE_UVICORN = """
@@ -464,11 +466,17 @@ async def test_a_full_disk_is_named_before_anything_starts(home: Path, monkeypat
             pass
 
 
-def test_an_interpreter_without_prefect_is_answered_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interpreter_without_prefect_is_answered_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("PYTHONPATH")
 
+    # The base interpreter, without the packages of a user or of Debian, is one without Prefect.
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S -E -s "$@"\n')
+    bare.chmod(0o755)
     with pytest.raises(ConfigurationError, match=r"has no Prefect: pip install 'procworker\[prefect\]', or .*--python"):
-        find_prefect(sys.executable)
+        find_prefect(str(bare))
     with pytest.raises(ConfigurationError, match=r"Cannot run the interpreter /nowhere/python: .*No such file"):
         find_prefect("/nowhere/python")
     with pytest.raises(ConfigurationError, match="The interpreter /bin/false does not work: it said nothing"):

@@ -103,13 +103,13 @@ def test_exit_0_without_a_report_is_a_crash_of_the_engine_but_not_of_a_command_o
 def test_a_run_that_scheduled_or_suspended_itself_is_left_alone() -> None:
     for code in (0, 1):
         facts = Facts(result=exited(code))
-        assert decide(facts, history(*RUNNING, "SCHEDULED:AwaitingRetry", retry_type="reschedule")) is None
+        assert decide(facts, history(*RUNNING, "SCHEDULED:AwaitingRetry")) is None
         assert decide(facts, history(*RUNNING, "PAUSED:Suspended", pause_reschedule=True)) is None
 
 
 def test_a_process_that_died_while_it_waited_for_its_own_retry_or_pause_has_crashed() -> None:
-    facts = Facts(result=exited(-9))
-    for states in (history(*RUNNING, "SCHEDULED", retry_type="in_process"), history(*RUNNING, "PAUSED")):
+    facts = Facts(result=exited(-9), retries_here=True)
+    for states in (history(*RUNNING, "SCHEDULED:AwaitingRetry"), history(*RUNNING, "PAUSED")):
         proposal = decide(facts, states)
         assert proposal is not None
         assert proposal.type == "CRASHED"
@@ -161,6 +161,18 @@ def test_an_attempt_is_ours_until_it_is_scheduled_again_or_somebody_else_runs_it
     assert not owns([*ours, State(type="CRASHED"), foreign("PENDING"), foreign("RUNNING")], OURS)
     assert not owns([*ours, State(type="SCHEDULED"), foreign("PENDING")], OURS)
     assert not owns([], OURS)
+
+
+def test_a_retry_in_the_engines_own_process_stays_in_the_attempt_and_one_that_is_claimed_begins_another() -> None:
+    retrying = history(*RUNNING, "SCHEDULED:AwaitingRetry", "RUNNING:Retrying")
+
+    assert owns(retrying, OURS)
+    assert owns(retrying[:-1], OURS)
+    assert not owns([*retrying[:-1], foreign("PENDING"), foreign("RUNNING")], OURS)
+
+
+def test_what_may_live_on_is_not_declared_dead_when_its_worker_stops() -> None:
+    assert decide(Facts(reason=Reason.STOPPED, may_live_on=True), history(*RUNNING)) is None
 
 
 def test_a_run_that_was_never_scheduled_is_one_attempt() -> None:

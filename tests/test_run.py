@@ -8,7 +8,7 @@ from uuid import UUID
 import anyio
 import pytest
 from fake_server import FakeServer
-from workers import ScriptWorker, settings_for, working
+from workers import LocalWorker, ScriptWorker, settings_for, working
 
 from procworker.configuration import BaseJobConfiguration
 from procworker.server.client import Client
@@ -437,7 +437,7 @@ async def test_a_torn_down_worker_reports_what_it_ends(server: FakeServer) -> No
 
     id = server.schedule(server.add_deployment())
     with anyio.CancelScope() as scope:
-        async with script_worker(server, script, name="w1") as worker:
+        async with LocalWorker("pool", settings=settings_for(server), script=script, name="w1") as worker:
             await worker.get_and_submit_flow_runs()
             await server.wait_state(id, "RUNNING")
             scope.cancel()
@@ -445,3 +445,74 @@ async def test_a_torn_down_worker_reports_what_it_ends(server: FakeServer) -> No
 
     assert server.run(id).state.type == "CRASHED"
     assert "'w1' was stopped" in str(server.run(id).state.message)
+
+
+async def test_a_stop_while_a_run_is_prepared_without_a_server_ends_it(server: FakeServer) -> None:
+    id = server.schedule(server.add_deployment())
+    server.fault("GET", "/deployments/", times=99, hang=True)
+    worker = script_worker(server)
+    async with working(worker):
+        await server.wait_state(id, "PENDING")
+        await server.wait_request("GET", "/deployments/")
+
+    assert worker.started == []
+    assert server.run(id).state.type == "CRASHED"
+
+
+async def test_a_worker_that_names_nothing_to_end_is_cancelled_itself(server: FakeServer) -> None:
+    class Silent(LocalWorker):
+        async def run(self, flow_run: Any, configuration: Any, task_status: Any = None) -> Any:
+            self.started.append(str(flow_run.id))
+            await anyio.sleep_forever()
+
+    id = server.schedule(server.add_deployment())
+    worker = Silent("pool", settings=settings_for(server))
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(lambda: worker.start(printer=lambda *line: None))
+        await server.wait_state(id, "PENDING")
+        await server.wait_for(lambda: any("submitting" in log["message"] for log in server.logs))
+        for _ in range(3):
+            worker.stop()
+
+    assert server.run(id).state.type == "CRASHED"
+
+
+async def test_a_run_that_returns_nothing_says_so(server: FakeServer) -> None:
+    class Nothing(LocalWorker):
+        async def run(self, flow_run: Any, configuration: Any, task_status: Any = None) -> Any:
+            return None
+
+    id = server.schedule(server.add_deployment())
+    async with working(Nothing("pool", settings=settings_for(server))):
+        state = await server.wait_state(id, "CRASHED")
+
+    assert "Nothing.run() returned nothing" in str(state.message)
+
+
+async def test_an_end_that_failed_is_tried_again(server: FakeServer) -> None:
+    ended = anyio.Event()
+
+    class Flaky(LocalWorker):
+        async def kill_infrastructure(self, pid: str, configuration: Any, grace_seconds: float = 30) -> None:
+            self.killed.append((pid, grace_seconds))
+            if len(self.killed) == 1:
+                raise OSError("not now")
+            ended.set()
+
+    async def script(flow_run: FlowRun, configuration: Any) -> int:
+        server.set_state(flow_run.id, "RUNNING")
+        await ended.wait()
+        return -15
+
+    id = server.schedule(server.add_deployment())
+    worker = Flaky("pool", settings=settings_for(server), script=script)
+    async with working(worker):
+        await server.wait_state(id, "RUNNING")
+        server.request_cancel(id)
+        for _ in range(2):
+            await worker.check_for_cancelled_flow_runs()
+            await worker._moved.until(lambda: not worker.runs or not worker.runs[id].ending or ended.is_set())
+            await anyio.wait_all_tasks_blocked()
+        await server.wait_state(id, "CANCELLED")
+
+    assert len(worker.killed) == 2

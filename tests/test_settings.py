@@ -491,7 +491,7 @@ def test_everything_that_was_set_is_exported_as_it_was_written(load: Load, cwd: 
     ).exported
 
     assert exported == {
-        "PREFECT_API_URL": " http://host/api/ ",
+        "PREFECT_API_URL": "http://host/api/",
         "PREFECT_API_KEY": "pnu_1234",
         "PREFECT_UNKNOWN": "ä\n%{{x}}",
         "PREFECT_EMPTY": "",
@@ -560,7 +560,7 @@ def test_secrets_lists_everything_that_must_be_masked(load: Load) -> None:
     )
 
     assert settings.secrets() == {
-        *("url-pass", "key-canary", " key-canary\n", "admin:auth-canary", "auth-canary", "token-canary"),
+        *("url-pass", "key-canary", "admin:auth-canary", "auth-canary", "YWRtaW46YXV0aC1jYW5hcnk=", "token-canary"),
         *("p%40ss", "p@ss", "Bearer header-canary", "header-canary"),
     }
     assert load().secrets() == frozenset()

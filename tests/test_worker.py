@@ -11,7 +11,7 @@ import anyio
 import httpx
 import pytest
 from fake_server import FakeServer
-from workers import ScriptResult, ScriptWorker, settings_for, working
+from workers import LocalWorker, ScriptResult, ScriptWorker, settings_for, working
 
 from procworker.configuration import BaseJobConfiguration, BaseVariables
 from procworker.errors import ConfigurationError, Unauthorized
@@ -180,6 +180,66 @@ async def test_run_once_takes_all_that_is_due_and_returns(server: FakeServer) ->
     assert worker.outcomes == {"COMPLETED": 7}
 
 
+async def test_a_hiccup_while_something_runs_does_not_end_run_once(server: FakeServer) -> None:
+    deployment = server.add_deployment()
+    ids = [server.schedule(deployment) for _ in range(5)]
+    polls = 0
+
+    def second(request: Any) -> bool:
+        nonlocal polls
+        polls += 1
+        return polls == 2
+
+    server.fault("POST", "get_scheduled_flow_runs", times=1, status=503, when=second)
+    release = anyio.Event()
+    worker = make(server, waiting(server, release))
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(lambda: worker.start(run_once=True, printer=lambda *line: None))
+        await server.wait_for(lambda: polls >= 2)
+        release.set()
+
+    assert {server.run(id).state.type for id in ids} == {"COMPLETED"}
+
+
+async def test_runs_that_cannot_be_claimed_do_not_starve_the_others(server: FakeServer) -> None:
+    blocked = server.add_deployment("blocked", concurrency_limit=0)
+    for _ in range(6):
+        server.schedule(blocked, due_in=-60)
+    good = server.schedule(server.add_deployment("good"))
+    worker = make(server, completing(server))
+    async with working(worker):
+        await server.wait_state(good, "COMPLETED", timeout=10)
+
+    claims = [request for request in server.requests if request.path.endswith("set_state")]
+    assert len(claims) <= 7
+
+
+async def test_the_same_run_is_not_executed_twice_at_once(server: FakeServer) -> None:
+    release = anyio.Event()
+    id = server.schedule(server.add_deployment())
+    async with make(server, waiting(server, release)) as worker:
+        rows = await worker.client.get_scheduled_flow_runs_for_work_pool("pool")
+        await worker.execute(rows[0].flow_run)
+        with pytest.raises(ConfigurationError, match="already"):
+            await worker.execute(rows[0].flow_run)
+        release.set()
+
+    assert worker.started == [str(id)]
+
+
+async def test_a_cancelled_wait_for_the_end_still_closes_everything(server: FakeServer) -> None:
+    id = server.schedule(server.add_deployment())
+    worker = LocalWorker("pool", settings=settings_for(server), script=waiting(server, anyio.Event()))
+    with anyio.move_on_after(0.5) as scope:
+        async with worker:
+            await worker.get_and_submit_flow_runs()
+            await server.wait_state(id, "RUNNING")
+
+    assert scope.cancelled_caught
+    assert server.run(id).state.type == "CRASHED"
+    assert not worker.runs
+
+
 async def test_run_once_takes_no_more_than_the_limit(server: FakeServer) -> None:
     deployment = server.add_deployment()
     for _ in range(5):
@@ -214,7 +274,7 @@ async def test_the_first_stop_lets_runs_finish(server: FakeServer) -> None:
 
 async def test_after_the_drain_time_runs_are_ended_and_reported(server: FakeServer) -> None:
     id = server.schedule(server.add_deployment())
-    worker = make(server, waiting(server, anyio.Event()), name="w1")
+    worker = LocalWorker("pool", settings=settings_for(server), script=waiting(server, anyio.Event()), name="w1")
     worker._shift.drain_seconds = 0.1
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(lambda: worker.start(printer=lambda *line: None))

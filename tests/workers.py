@@ -48,6 +48,12 @@ class ScriptWorker(BaseWorker[BaseJobConfiguration, BaseVariables, ScriptResult]
         return ScriptResult(identifier=f"infra-{flow_run.id}", status_code=code)
 
 
+class LocalWorker(ScriptWorker):
+    """One whose infrastructure ends with its `run`, as processes do."""
+
+    ends_with_run = True
+
+
 # The process worker of the package is the one that its type stands for.
 BaseWorker._known["process"] = ProcessWorker
 

@@ -42,15 +42,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         code: int = arguments.execute(arguments)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it is, when it was closed before we started
+            sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader of our output has left
-        sys.stderr.close()
-        return 141
     except BaseException as error:
         from procworker.cli.errors import exit_code, sentence
+        from procworker.errors import single
 
+        if isinstance(single(error), BrokenPipeError):  # the reader of our output has left
+            sys.stdout = None
+            return 141
         print(f"procworker: error: {sentence(error)}", file=sys.stderr)
         return exit_code(error)
     return code

@@ -24,5 +24,6 @@ def receipt(run: Run, wall: float, cpu: float) -> str:
     parts = [f"{wall:.1f} s", f"{cpu:.1f} s CPU"]
     if run.result is not None:
         parts.append(f"exit {run.result.status_code}")
-    message = f"\n{state.message}" if state and state.type != "COMPLETED" and state.message else ""
+    why = run.refusal if state is None else state.message if state.type != "COMPLETED" else None
+    message = f"\n{why}" if why else ""
     return f"{name}: flow run {run.flow_run.name!r} ({', '.join(parts)}){message}"

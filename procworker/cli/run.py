@@ -59,10 +59,16 @@ def execute(arguments: argparse.Namespace) -> int:
 
 
 async def _run(settings: Settings, arguments: argparse.Namespace) -> int:
+    """Run the target on a worker of its own, which has no pool, and print how it went."""
     import os
+    import time
     from contextlib import AsyncExitStack
 
-    from procworker.cli.common import embedded, wait_for_server
+    import anyio
+
+    from procworker.cli.common import embedded, signals_counted, wait_for_server
+    from procworker.cli.receipt import children_cpu_seconds, receipt
+    from procworker.process import ProcessWorker
     from procworker.submission import entrypoint_of
     from procworker.system.interpreter import find_interpreter
 
@@ -73,39 +79,32 @@ async def _run(settings: Settings, arguments: argparse.Namespace) -> int:
     if kind == "entrypoint" or arguments.python:
         find_interpreter(arguments.python, os.environ)  # and a Python without Prefect before a flow run is made
     keep = not os.environ.get("CI") if arguments.keep is None else arguments.keep
-    async with AsyncExitStack() as stack:
-        if settings.api_url:
-            await wait_for_server(settings, arguments.startup_timeout)
-        else:
-            settings = await stack.enter_async_context(embedded(settings, arguments.python, keep))
-        return await _follow(settings, arguments, kind, parameters)
-
-
-async def _follow(settings: Settings, arguments: argparse.Namespace, kind: str, parameters: dict[str, Any]) -> int:
-    """Run the target on a worker of its own, which has no pool, and print how it went."""
-    import time
-
-    from procworker.cli.common import signals_counted
-    from procworker.cli.receipt import children_cpu_seconds, receipt
-    from procworker.process import ProcessWorker
-
-    template = await _template(settings, kind, arguments.target)
-    worker = ProcessWorker(None, python=arguments.python, settings=settings, base_job_template=template)
+    worker: ProcessWorker | None = None
+    code = 1
 
     def interrupt(number: int) -> None:
-        worker.cancel_all(30.0 if len(received) < 2 else 0.0)
+        if worker is not None and worker.runs:
+            worker.cancel_all(None if len(received) < 2 else 0.0)
+        else:
+            preparing.cancel()  # there is nothing to end yet
 
-    async with worker, signals_counted(interrupt) as received:
-        began, cpu = time.monotonic(), children_cpu_seconds()
-        future = await _submit(worker, kind, arguments.target, parameters)
-        run = worker.runs[future.flow_run_id]
-        if received:  # before there was a run to cancel
-            interrupt(received[0])
-        await future.wait_async()
-        print(receipt(run, time.monotonic() - began, children_cpu_seconds() - cpu), flush=True)
-    if received:
-        return 128 + received[0]
-    return 0 if run.final_state is not None and run.final_state.type == "COMPLETED" else 1
+    received: list[int] = []
+    with anyio.CancelScope() as preparing:
+        async with signals_counted(interrupt) as received, AsyncExitStack() as stack:
+            if settings.api_url:
+                await wait_for_server(settings, arguments.startup_timeout)
+            else:
+                settings = await stack.enter_async_context(embedded(settings, arguments.python, keep))
+            template = await _template(settings, kind, arguments.target)
+            worker = ProcessWorker(None, python=arguments.python, settings=settings, base_job_template=template)
+            await stack.enter_async_context(worker)
+            began, cpu = time.monotonic(), children_cpu_seconds()
+            future = await _submit(worker, kind, arguments.target, parameters)
+            run = worker.runs[future.flow_run_id]
+            await future.wait_async()
+            print(receipt(run, time.monotonic() - began, children_cpu_seconds() - cpu), flush=True)
+            code = 0 if run.final_state is not None and run.final_state.type == "COMPLETED" else 1
+    return 128 + received[0] if received else code
 
 
 def kind_of(target: str) -> str:
@@ -144,7 +143,7 @@ def parse_parameters(pairs: list[str]) -> dict[str, Any]:
             raise ConfigurationError(f"parameter {pair!r} must be written KEY=VALUE")
         try:
             parameters[key] = json.loads(value, parse_constant=str)  # NaN and Infinity are not JSON
-        except ValueError:
+        except (ValueError, RecursionError):
             parameters[key] = value
     return parameters
 

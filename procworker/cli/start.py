@@ -8,12 +8,15 @@ Examples:
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 
 TYPE_CHECKING = False  # see procworker/__init__.py
 if TYPE_CHECKING:
     from typing import Any
 
     from procworker.settings import Settings
+
+LONGEST_PREFETCH = 86_400
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,8 +71,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(arguments: argparse.Namespace) -> int:
     from procworker.cli.common import run_loop, set_up_logging
+    from procworker.errors import ConfigurationError
     from procworker.settings import Settings
 
+    early = arguments.prefetch_seconds
+    if early is not None and not 0 <= early <= LONGEST_PREFETCH:
+        raise ConfigurationError(f"--prefetch-seconds must be between 0 and {LONGEST_PREFETCH}, not {early:g}")
     settings = Settings.load(profile=arguments.profile)
     set_up_logging(settings.logging_level)
     return run_loop(_start, settings, arguments)
@@ -191,4 +198,5 @@ def _read_template(path: str) -> dict[str, Any]:
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)
+    with suppress(OSError, ValueError):  # nobody listens any more: the work goes on
+        print(line, flush=True)

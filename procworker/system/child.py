@@ -46,7 +46,7 @@ def parse_command(command: str) -> list[str]:
         else:
             argv = shlex.split(command)
     except ValueError as error:
-        raise ConfigurationError(f"command {command!r} cannot be split into arguments: {error}") from error
+        raise ConfigurationError(f"the command cannot be split into arguments: {error}") from error
     if not argv:
         raise ConfigurationError("command is blank: leave it out to run the Prefect engine")
     return argv

@@ -49,7 +49,7 @@ class Api:
         self.url = url
         self.auth_string = auth_string
         auth = httpx.BasicAuth(*auth_string.split(":", 1)) if auth_string else None
-        self._http = httpx.Client(base_url=url, auth=auth, timeout=60, trust_env=False)
+        self._http = httpx.Client(base_url=url, auth=auth, timeout=120, trust_env=False)
 
     def __call__(self, method: str, path: str, json: Any = None) -> Any:
         # SQLite is busy for a moment when everything starts at once; nothing was written then.
