@@ -28,7 +28,9 @@ class RunLogger(LoggerAdapter):
         self._ship_level = ship_level
 
     def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
-        return msg, {**kwargs, "extra": {**(self.extra or {}), **(kwargs.get("extra") or {})}}
+        # Where Prefect is imported too, its handler must not ship the same line a second time.
+        own = {"send_to_api": False, **(self.extra or {})}
+        return msg, {**kwargs, "extra": {**own, **(kwargs.get("extra") or {})}}
 
     def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
         if self._ship is not None and level >= self._ship_level:

@@ -104,6 +104,7 @@ def test_a_run_log_goes_to_logging_and_to_the_server(caplog: pytest.LogCaptureFi
     log.debug("too low")
 
     record = caplog.records[0]
+    assert record.send_to_api is False  # type: ignore[attr-defined]
     assert (record.flow_run_id, record.more, record.funcName) == (  # type: ignore[attr-defined]
         "1",
         1,
