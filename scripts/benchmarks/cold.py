@@ -1,6 +1,6 @@
 """One no-op flow run from creation to exit, under a worker of each side in turn.
 
-Each polls a pool of its own once a second, so both idle while the other works; who goes first changes.
+Each polls a pool of its own, at its default settings or as often as --query-seconds says; who goes first changes.
 Spawn and exit are seen from outside: we look for a new child of the worker every 10 ms and wait for its
 end, which comes after Completed. Created -> Running is the server's own account.
 """
@@ -19,7 +19,7 @@ SETTLE_SECONDS = 1.5
 
 def measure(lab: Lab, arguments: argparse.Namespace) -> list[Row]:
     """Alternate runs of both sides; the first of each only warms up."""
-    poll = {"PREFECT_WORKER_QUERY_SECONDS": "1"}
+    poll = {} if arguments.query_seconds is None else {"PREFECT_WORKER_QUERY_SECONDS": str(arguments.query_seconds)}
     with lab.worker(lab.ours, "ours", **poll) as ours, lab.worker(lab.theirs, "theirs", **poll) as theirs:
         subjects = [(ours, deploy(lab, "ours")), (theirs, deploy(lab, "theirs"))]
         samples: list[list[Sample]] = [[], []]
