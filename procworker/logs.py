@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import traceback
 from collections.abc import Callable, MutableMapping
 from datetime import datetime, timezone
@@ -35,7 +36,8 @@ class RunLogger(LoggerAdapter):
     def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
         if self._ship is not None and level >= self._ship_level:
             self._ship(self._record(level, msg, args, kwargs.get("exc_info")))
-        kwargs["stacklevel"] = kwargs.get("stacklevel", 1) + 1
+        # Python 3.10 also counts the frame of LoggerAdapter.info.
+        kwargs["stacklevel"] = kwargs.get("stacklevel", 1) + (1 if sys.version_info >= (3, 11) else 2)
         super().log(level, msg, *args, **kwargs)
 
     def _record(self, level: int, msg: object, args: tuple[object, ...], exc_info: Any) -> dict[str, Any]:
