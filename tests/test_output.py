@@ -5,15 +5,14 @@ from __future__ import annotations
 import itertools
 import os
 import re
-import stat
-import subprocess
 import sys
 import tempfile
+import time
 import tracemalloc
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import anyio
 import misbehave
@@ -21,28 +20,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from procworker.system.output import (
-    CHUNK,
-    LINE_LIMIT,
-    TAIL_LINES,
-    Follower,
-    Mask,
-    RunDirectory,
-    Sink,
-    _Stream,
-    print_line,
-)
+from procworker.system import output as module
+from procworker.system.output import PATIENCE_SECONDS, TAIL_LINES, Follower, Mask, Sink
+from procworker.system.spool import CHUNK, LINE_LIMIT, Spool
+
+
+class Files(NamedTuple):
+    """What a run writes to."""
+
+    stdout: Path
+    stderr: Path
 
 
 @pytest.fixture
-def directory(tmp_path: Path) -> RunDirectory:
-    return RunDirectory.create(tmp_path, "run")
+def directory(tmp_path: Path) -> Files:
+    return Files(tmp_path / "stdout", tmp_path / "stderr")
 
 
 class Output:
     """A follower at work: what it said, and what it was told."""
 
-    def __init__(self, directory: RunDirectory, sink: Sink | None = None) -> None:
+    def __init__(self, directory: Files, sink: Sink | None = None) -> None:
         self.directory = directory
         self.lines: list[tuple[str, str]] = []
         self.moved = anyio.Event()
@@ -86,7 +84,7 @@ class Output:
                 self.follower.end()
 
 
-async def lines_of(directory: RunDirectory, data: bytes, stream: str = "stdout") -> list[str]:
+async def lines_of(directory: Files, data: bytes, stream: str = "stdout") -> list[str]:
     """The lines of a finished output."""
     output = Output(directory)
     output.write(data, stream)
@@ -99,15 +97,16 @@ def in_pieces(tmp_path: Path, pieces: list[bytes]) -> list[str]:
     """The lines of a file that grew in these pieces and was read after each."""
     path = tmp_path / "grows"
     path.write_bytes(b"")
-    stream, lines = _Stream("stdout", path), []
+    spool, lines = Spool("stdout", path), []
     for piece in pieces:
         with open(path, "ab") as file:
             file.write(piece)
         more = True
         while more:
-            new, more = stream.read()
+            new, more = spool.read()
             lines += new
-    return lines + stream.flush()
+    spool.stop()
+    return lines + spool.read()[0]
 
 
 # Lines
@@ -146,18 +145,18 @@ def test_lines_are_the_same_however_the_output_is_split(words: list[bytes], data
         ("a\u2028b\u0085c\n".encode(), ["a\u2028b\u0085c"]),
     ],
 )
-async def test_what_is_a_line(directory: RunDirectory, data: bytes, lines: list[str]) -> None:
+async def test_what_is_a_line(directory: Files, data: bytes, lines: list[str]) -> None:
     assert await lines_of(directory, data) == lines
 
 
-async def test_lines_across_chunk_borders_stay_whole(directory: RunDirectory) -> None:
+async def test_lines_across_chunk_borders_stay_whole(directory: Files) -> None:
     lines = [f"{number} {'☃' * 1000}" for number in range(3 * CHUNK // 3000 + 100)]
     text = "".join(line + "\r\n" for line in lines).encode()
     assert len(text) > 3 * CHUNK
     assert await lines_of(directory, text) == lines
 
 
-async def test_both_streams_are_followed_each_in_order(directory: RunDirectory) -> None:
+async def test_both_streams_are_followed_each_in_order(directory: Files) -> None:
     output = Output(directory)
     async with output.followed():
         for number in range(100):
@@ -169,7 +168,7 @@ async def test_both_streams_are_followed_each_in_order(directory: RunDirectory) 
     assert [line for stream, line in output.lines if stream == "stderr"] == [f"err {n}" for n in range(100)]
 
 
-async def test_a_line_is_shown_when_it_is_written_not_at_the_end(directory: RunDirectory) -> None:
+async def test_a_line_is_shown_when_it_is_written_not_at_the_end(directory: Files) -> None:
     output = Output(directory)
     async with output.followed():
         output.write(b"first\nsecond")
@@ -178,29 +177,26 @@ async def test_a_line_is_shown_when_it_is_written_not_at_the_end(directory: RunD
     assert output.stdout == ["first", "second"]
 
 
-async def test_what_is_written_just_before_the_end_is_not_lost(directory: RunDirectory) -> None:
+async def test_what_is_written_just_before_the_end_is_not_lost(tmp_path: Path) -> None:
     for turn in range(20):
-        output = Output(RunDirectory.create(directory.path, str(turn)))
+        output = Output(Files(tmp_path / f"out{turn}", tmp_path / f"err{turn}"))
         async with output.followed():
             await anyio.lowlevel.checkpoint()
             output.write(b"last\n")
         assert output.stdout == ["last"]
 
 
-async def test_no_output_at_all_is_fine(directory: RunDirectory) -> None:
+async def test_no_output_at_all_is_fine(directory: Files) -> None:
     output = Output(directory)
     async with output.followed():
         pass
     assert output.lines == []
-    directory.remove()
-    async with Output(directory).followed():
-        pass
 
 
 # Real writers
 
 
-async def written_by(directory: RunDirectory, *mode: str) -> list[str]:
+async def written_by(directory: Files, *mode: str) -> list[str]:
     """The lines of a mode of misbehave.py after READY."""
     output = Output(directory)
     async with output.followed():
@@ -209,23 +205,23 @@ async def written_by(directory: RunDirectory, *mode: str) -> list[str]:
     return output.stdout[1:]
 
 
-async def test_a_character_in_single_bytes_is_read_whole(directory: RunDirectory) -> None:
+async def test_a_character_in_single_bytes_is_read_whole(directory: Files) -> None:
     assert await written_by(directory, "split-text") == ["snow ☃ man"]
 
 
-async def test_binary_output_is_readable_and_harmless(directory: RunDirectory) -> None:
+async def test_binary_output_is_readable_and_harmless(directory: Files) -> None:
     text = "".join(await written_by(directory, "binary"))
     assert "ABC" in text
     assert "\ufffd" in text
 
 
-async def test_a_huge_line_is_cut(directory: RunDirectory) -> None:
+async def test_a_huge_line_is_cut(directory: Files) -> None:
     lines = await written_by(directory, "huge-line", "1000000")
     assert "".join(lines) == "x" * 1_000_000
     assert max(map(len, lines)) <= CHUNK + LINE_LIMIT
 
 
-async def test_a_writer_that_truncates_its_output_is_followed_on(directory: RunDirectory) -> None:
+async def test_a_writer_that_truncates_its_output_is_followed_on(directory: Files) -> None:
     output = Output(directory)
     async with output.followed():
         output.write(b"a long first line\n")
@@ -236,7 +232,7 @@ async def test_a_writer_that_truncates_its_output_is_followed_on(directory: RunD
     assert output.stdout == ["a long first line", "x", "y"]
 
 
-async def test_ten_megabytes_without_a_line_end_need_little_memory(directory: RunDirectory) -> None:
+async def test_ten_megabytes_without_a_line_end_need_little_memory(directory: Files) -> None:
     size = 10 * 1024 * 1024
     seen = {"bytes": 0, "longest": 0}
 
@@ -258,18 +254,18 @@ async def test_ten_megabytes_without_a_line_end_need_little_memory(directory: Ru
     assert peak < 4 * 1024 * 1024 + TAIL_LINES * LINE_LIMIT
 
 
-async def test_a_flood_does_not_starve_the_event_loop(directory: RunDirectory) -> None:
+async def test_a_flood_does_not_starve_the_event_loop(directory: Files) -> None:
     output = Output(directory, lambda stream, line: None)
     output.write((b"x" * 1023 + b"\n") * (20 * CHUNK // 1024))
     turns = 0
     async with output.followed():
-        while output.follower._streams[0]._offset < 20 * CHUNK:
+        while output.follower._streams[0].spool._offset < 20 * CHUNK:
             await anyio.lowlevel.checkpoint()
             turns += 1
     assert turns >= 19
 
 
-async def test_a_writer_that_was_allowed_to_stay_does_not_keep_us(directory: RunDirectory) -> None:
+async def test_a_writer_that_was_allowed_to_stay_does_not_keep_us(directory: Files) -> None:
     """One that writes faster than we read would otherwise never let go."""
     block, later = b"x" * 1023 + b"\n", itertools.repeat(b"y" * 1023 + b"\n", 10 * CHUNK // 1024)
     seen: list[str] = []
@@ -290,7 +286,7 @@ async def test_a_writer_that_was_allowed_to_stay_does_not_keep_us(directory: Run
 
 
 @pytest.mark.parametrize("error", [BrokenPipeError(), OSError("disk full"), ValueError("I/O operation on closed file")])
-async def test_a_sink_that_fails_does_not_stop_the_run(directory: RunDirectory, error: Exception) -> None:
+async def test_a_sink_that_fails_does_not_stop_the_run(directory: Files, error: Exception) -> None:
     calls: list[str] = []
 
     def fail(stream: str, line: str) -> None:
@@ -304,7 +300,7 @@ async def test_a_sink_that_fails_does_not_stop_the_run(directory: RunDirectory, 
     assert calls == list(output.follower.tail) == ["a", "b"]
 
 
-async def test_without_a_sink_the_last_lines_are_kept_all_the_same(directory: RunDirectory) -> None:
+async def test_without_a_sink_the_last_lines_are_kept_all_the_same(directory: Files) -> None:
     follower = Follower(directory, None)
     directory.stdout.write_bytes(b"a\nb")
     follower.end()
@@ -312,7 +308,7 @@ async def test_without_a_sink_the_last_lines_are_kept_all_the_same(directory: Ru
     assert list(follower.tail) == ["a", "b"]
 
 
-async def test_the_tail_is_the_last_twenty_lines_of_both_streams(directory: RunDirectory) -> None:
+async def test_the_tail_is_the_last_twenty_lines_of_both_streams(directory: Files) -> None:
     output = Output(directory)
     async with output.followed():
         output.write(b"".join(b"%d\n" % number for number in range(100)))
@@ -321,20 +317,91 @@ async def test_the_tail_is_the_last_twenty_lines_of_both_streams(directory: RunD
     assert list(output.follower.tail) == [*map(str, range(81, 100)), "error"]
 
 
-def test_lines_are_printed_where_they_belong(capsys: pytest.CaptureFixture[str]) -> None:
-    print_line("stdout", "out ☃")
-    print_line("stderr", "err ☃")
-    assert capsys.readouterr() == ("out ☃\n", "err ☃\n")
+class Reader:
+    """A sink that takes as many lines as it is told to, then refuses."""
+
+    def __init__(self, room: float = 0) -> None:
+        self.room = room
+        self.lines: list[str] = []
+        self.refused = 0
+
+    def take(self, stream: str, line: str) -> None:
+        if len(self.lines) >= self.room:
+            self.refused += 1
+            raise BlockingIOError
+        self.lines.append(line)
 
 
-def test_on_a_terminal_without_unicode_lines_are_escaped_not_dropped() -> None:
-    code = (
-        "from procworker.system.output import print_line; print_line('stdout', 'C:\\\\ ☃'); print_line('stderr', '☃')"
-    )
-    env = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-X", "utf8=0", "-c", code], capture_output=True, env=env)
-    assert done.stdout == b"C:\\ \\u2603\n"
-    assert done.stderr.endswith(b"\\u2603\n")
+async def test_a_sink_that_refuses_is_offered_the_same_line_again(directory: Files) -> None:
+    reader = Reader(3)
+    output = Output(directory, reader.take)
+    async with output.followed():
+        output.write(b"".join(b"%d\n" % number for number in range(10)))
+        while reader.refused < 3:  # noqa: ASYNC110
+            await anyio.sleep(0.001)
+        assert reader.lines == ["0", "1", "2"]
+        reader.room = float("inf")
+    assert reader.lines == [str(number) for number in range(10)]
+
+
+async def test_waiting_for_a_sink_costs_little(directory: Files) -> None:
+    reader = Reader()
+    output = Output(directory, reader.take)
+    async with output.followed():
+        output.write(b"x\n")
+        began = time.monotonic()
+        await anyio.sleep(1)
+        assert 2 < reader.refused < 10 + 20 * (time.monotonic() - began)
+        reader.room = 1
+
+
+async def test_after_the_end_a_sink_that_takes_nothing_is_given_up_soon(
+    directory: Files, caplog: pytest.LogCaptureFixture
+) -> None:
+    reader = Reader(5)
+    output = Output(directory, reader.take)
+    output.write(b"".join(b"%d\n" % number for number in range(100)))
+    began = time.monotonic()
+    async with output.followed():
+        pass
+    assert PATIENCE_SECONDS <= time.monotonic() - began < PATIENCE_SECONDS + 5
+    assert reader.lines == [str(number) for number in range(5)]
+    assert list(output.follower.tail) == [str(number) for number in range(80, 100)]
+    assert "its reader takes nothing" in caplog.text
+
+
+async def test_a_slow_sink_is_waited_for(directory: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PATIENCE_SECONDS", 3)
+    reader = Reader(1)
+    output = Output(directory, reader.take)
+    output.write(b"".join(b"%d\n" % number for number in range(10)))
+    async with output.followed():
+        output.follower.end()
+        while reader.room < 10:
+            await anyio.sleep(0.5)
+            reader.room += 1
+    assert len(reader.lines) == 10
+
+
+async def test_but_not_for_ever(directory: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LINGER_SECONDS", 0.5)
+    reader = Reader(1)
+    output = Output(directory, reader.take)
+    output.write(b"".join(b"%d\n" % number for number in range(1000)))
+    done = anyio.Event()
+
+    async def read_slowly() -> None:
+        while not done.is_set():
+            await anyio.sleep(0.01)
+            reader.room += 1
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(read_slowly)
+        async with output.followed():
+            pass
+        done.set()
+    assert len(reader.lines) < 1000
+    assert output.follower.tail[-1] == "999"
 
 
 # Secrets
@@ -367,43 +434,3 @@ def test_no_masked_text_holds_a_secret(secrets: list[str], before: str, after: s
     mask = Mask(secrets)
     for secret in secrets:
         assert secret.replace("*", "") == "" or secret not in mask(f"{before} {secret} {after}").replace("***", "")
-
-
-# The directory of a run
-
-
-def test_a_run_directory_is_private(tmp_path: Path) -> None:
-    old = os.umask(0)
-    try:
-        directory = RunDirectory.create(tmp_path / "not" / "yet", "name")
-    finally:
-        os.umask(old)
-    assert directory.path == tmp_path / "not" / "yet" / "runs" / "name"
-    assert stat.S_IMODE(directory.path.stat().st_mode) == 0o700
-    assert directory.stdout.parent == directory.stderr.parent == directory.path
-    assert directory.stdout != directory.stderr
-
-
-@pytest.mark.parametrize("where", ["home is a file", "runs is a file", "the name is taken"])
-def test_where_home_cannot_be_written_the_temporary_directory_serves(tmp_path: Path, where: str) -> None:
-    home = tmp_path / "home"
-    if where == "home is a file":
-        home.write_text("")
-    elif where == "runs is a file":
-        home.mkdir()
-        (home / "runs").write_text("")
-    else:
-        RunDirectory.create(home, "name")
-    directory = RunDirectory.create(home, "name")
-
-    assert directory.path.parent == Path(os.environ["TMPDIR"])
-    assert directory.path.name.startswith("procworker-run-")
-    assert stat.S_IMODE(directory.path.stat().st_mode) == 0o700
-
-
-def test_a_run_directory_goes_with_all_that_is_in_it(tmp_path: Path) -> None:
-    directory = RunDirectory.create(tmp_path, "name")
-    directory.stdout.write_text("x")
-    directory.remove()
-    directory.remove()
-    assert not directory.path.exists()

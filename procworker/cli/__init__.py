@@ -49,10 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BaseException as error:
         from procworker.cli.errors import exit_code, sentence
         from procworker.errors import single
+        from procworker.system.printer import PRINTER
 
         if isinstance(single(error), BrokenPipeError):  # the reader of our output has left
             sys.stdout = None
             return 141
-        print(f"procworker: error: {sentence(error)}", file=sys.stderr)
+        PRINTER.say(f"procworker: error: {sentence(error)}\n", "stderr")
+        PRINTER.drain()
         return exit_code(error)
     return code

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 from asyncio import CancelledError
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import anyio
@@ -16,6 +16,7 @@ import anyio
 from procworker.errors import ConfigurationError, Unreachable
 from procworker.server.client import Client
 from procworker.settings import Settings
+from procworker.system.printer import PRINTER, LogStream
 from procworker.worker import BaseWorker
 
 T = TypeVar("T")
@@ -26,18 +27,39 @@ SAME_SIGNAL_SECONDS = 1.0
 
 
 def run_loop(function: Callable[..., Awaitable[T]], *arguments: Any) -> T:
-    """Run a coroutine function to its end in an event loop of its own; Ctrl-C is a KeyboardInterrupt."""
+    """Run a coroutine function to its end in an event loop of its own; Ctrl-C is a KeyboardInterrupt.
+
+    What is printed meanwhile by `say` and by our log waits for no reader; at the end it waits 2 s at most.
+    """
+
+    async def run() -> T:
+        async with anyio.create_task_group() as beside:
+            beside.start_soon(PRINTER.pump)
+            result = await function(*arguments)
+            beside.cancel_scope.cancel()
+        return result
+
     try:
-        return anyio.run(function, *arguments)
+        return anyio.run(run)
     except CancelledError:  # what comes of Ctrl-C before Python 3.11
         raise KeyboardInterrupt from None
+    finally:
+        PRINTER.drain()
+
+
+def say(line: str, stream: str = "stdout") -> None:
+    """Print a line of our own; whether somebody reads it is not our concern."""
+    PRINTER.say(line + "\n", stream)
 
 
 def set_up_logging(level: str) -> None:
     """Log our own lines to stderr in Prefect's form; other libraries keep what they had."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = logging.StreamHandler(LogStream(PRINTER))
     form = "%(asctime)s.%(msecs)03d | %(levelname)-7s | %(name)s - %(message)s"
     handler.setFormatter(logging.Formatter(form, "%H:%M:%S"))
+    # What libraries without a handler of their own warn of must not wait for a reader either.
+    logging.lastResort = logging.StreamHandler(LogStream(PRINTER))
+    logging.lastResort.setLevel("WARNING")
     for name in ("procworker", "prefect"):
         logger = logging.getLogger(name)
         logger.addHandler(handler)
@@ -99,13 +121,12 @@ async def embedded(settings: Settings, python: str | None, keep: bool) -> AsyncI
     from procworker.system.interpreter import find_interpreter
 
     interpreter = find_interpreter(python, os.environ)
-    say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     keep_seconds = KEEP_SECONDS if keep else 0.0
     async with local_server(
         interpreter.path,
         settings.state_home,
         keep_seconds=keep_seconds,
-        say=say,
+        say=partial(say, stream="stderr"),
         version=interpreter.prefect_version,
     ) as server:
-        yield settings.at_server(server.api_url, server.auth_string)
+        yield settings.at_server(server.api_url, server.auth_string, f"embedded {server.version}")

@@ -1,52 +1,48 @@
-"""Keep a run's output in its own directory, follow it line by line, and remember its last words."""
+"""Follow a run's output line by line while it waits on disk."""
 
 from __future__ import annotations
 
-import os
+import logging
 import re
-import shutil
-import sys
-import tempfile
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from pathlib import Path
+from typing import Protocol
 
 import anyio
 import anyio.lowlevel
 
-CHUNK = 256 * 1024
-LINE_LIMIT = 64 * 1024
-"""Bytes after which a line without an end is cut and goes on as the next one."""
+from procworker.system.printer import PRINTER, print_line
+from procworker.system.spool import CAP, Spool
+
+__all__ = ["Follower", "Mask", "Outputs", "Sink", "print_line"]
+
 TAIL_LINES = 20
 POLL_SECONDS = 0.1
+PATIENCE_SECONDS, LINGER_SECONDS = 2.0, 30.0
+"""How long a run that has ended waits for a sink that takes nothing, and in all for one that is slow."""
+SLICE_SECONDS = 0.005
+RETRY_SECONDS = 0.001
+
+logger = logging.getLogger(__name__)
 
 Sink = Callable[[str, str], None]
-"""Takes (stream name, line)."""
+"""Takes (stream name, line).
 
-_LINE_END = re.compile(rb"\r\n|\n|\r(?!\Z)")
+A sink that can take nothing now raises BlockingIOError: the same line is offered again a little later, and so are all
+that follow it in its stream; meanwhile the output waits on disk. Any other OSError or ValueError loses the line.
+"""
 
 
-class RunDirectory:
-    """The private directory of one run: what it printed, until its outcome is reported."""
+class Outputs(Protocol):
+    """Where a run's output is: two files that it appends to."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.stdout = path / "stdout"
-        self.stderr = path / "stderr"
+    @property
+    def stdout(self) -> Path: ...
 
-    @classmethod
-    def create(cls, home: Path, name: str) -> RunDirectory:
-        """Make it below home; where home cannot be written, in the temporary directory."""
-        path = home / "runs" / name
-        try:
-            path.mkdir(mode=0o700, parents=True)
-        except OSError:
-            path = Path(tempfile.mkdtemp(prefix="procworker-run-"))
-        return cls(path)
-
-    def remove(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
+    @property
+    def stderr(self) -> Path: ...
 
 
 class Mask:
@@ -65,97 +61,112 @@ class Mask:
 
 
 class _Stream:
-    """One file that grows, read in bounded pieces and cut into lines."""
+    """A spool, and what was read from it but not handed over yet."""
 
-    def __init__(self, name: str, path: Path) -> None:
-        self.name = name
-        self._path = path
-        self._offset = 0
-        self._end = sys.maxsize
-        self._rest = b""
-
-    def stop(self) -> None:
-        """Read no further than the file reaches now."""
-        with suppress(OSError):
-            self._end = os.stat(self._path).st_size
-
-    def read(self) -> tuple[list[str], bool]:
-        """Return the new complete lines, and whether more is waiting."""
-        try:
-            size = min(os.stat(self._path).st_size, self._end)
-            if size < self._offset:  # the child truncated its own output
-                self._offset = 0
-            if size == self._offset:
-                return [], False
-            with open(self._path, "rb", buffering=0) as file:
-                file.seek(self._offset)
-                data = file.read(min(CHUNK, size - self._offset))
-        except OSError:
-            return [], False
-        self._offset += len(data)
-        *lines, self._rest = _LINE_END.split(self._rest + data)
-        while len(self._rest) > LINE_LIMIT:
-            lines.append(self._rest[:LINE_LIMIT])
-            self._rest = self._rest[LINE_LIMIT:]
-        return [_text(line) for line in lines], self._offset < size
-
-    def flush(self) -> list[str]:
-        rest, self._rest = self._rest, b""
-        return [_text(rest)] if rest else []
-
-
-def _text(line: bytes) -> str:
-    return line.rstrip(b"\r").decode("utf-8", "replace")
+    def __init__(self, spool: Spool) -> None:
+        self.spool = spool
+        self.lines: deque[str] = deque()
 
 
 class Follower:
-    """Hand every line of a run's two files to a sink, in order per stream, and keep the last ones."""
+    """Hand every line of a run's two files to a sink, in order per stream, and keep the last ones in `tail`.
 
-    def __init__(self, directory: RunDirectory, sink: Sink | None) -> None:
-        self._streams = [_Stream("stdout", directory.stdout), _Stream("stderr", directory.stderr)]
+    Each file is kept within `cap` bytes on disk (None: no cap); `cap` and `punch` are Spool's. With `resume`, what is
+    there already is not handed over again: only the tail knows it.
+    """
+
+    def __init__(
+        self,
+        directory: Outputs,
+        sink: Sink | None,
+        *,
+        resume: bool = False,
+        cap: int | None = CAP,
+        punch: bool = True,
+    ) -> None:
+        paths = {"stdout": directory.stdout, "stderr": directory.stderr}
+        self._streams = [_Stream(Spool(name, path, cap, punch=punch)) for name, path in paths.items()]
         self._sink = sink
+        self._resume = resume
+        self._room = CAP if cap is None else cap
+        self._retry = RETRY_SECONDS
+        self._looked, self._sizes = 0.0, [0, 0]
+        self._taken = self._ended_at = 0.0
         self._ended = anyio.Event()
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
 
     def end(self) -> None:
         """The run has ended: read what is there, but nothing that a process allowed to stay writes later."""
         for stream in self._streams:
-            stream.stop()
+            stream.spool.stop()
+        self._ended_at = time.monotonic()
         self._ended.set()
 
     async def follow(self) -> None:
-        """Read until `end` was called and nothing is left."""
+        """Read until `end` was called and nothing is left; from then on a sink that takes nothing for 2 s is given up.
+
+        So is one that takes longer than 30 s in all.
+        """
+        if self._resume:
+            for stream in self._streams:
+                self.tail.extend(stream.spool.prime())
         while True:
             ended = self._ended.is_set()
-            more = False
-            for stream in self._streams:
-                lines, waiting = stream.read()
-                more |= waiting
-                self._emit(stream, lines)
-            if more:
+            turns = [self._turn(stream) for stream in self._streams]
+            if any(busy for busy, _ in turns):
                 await anyio.lowlevel.checkpoint()
+            elif any(refused for _, refused in turns):
+                if ended and self._is_out_of_patience():
+                    logger.warning("The rest of a run's output is not shown: its reader takes nothing")
+                    self._sink = None
+                await anyio.sleep(min(self._retry, self._pause()))
+                self._retry = min(2 * self._retry, POLL_SECONDS)
             elif ended:
                 break
             else:
-                with anyio.move_on_after(POLL_SECONDS):
+                with anyio.move_on_after(self._pause()):
                     await self._ended.wait()
-        for stream in self._streams:
-            self._emit(stream, stream.flush())
 
-    def _emit(self, stream: _Stream, lines: list[str]) -> None:
-        self.tail.extend(lines)
-        if self._sink is None:
-            return
-        for line in lines:
-            # Nobody reads any more (a closed pipe): the run goes on, and its last lines are kept all the same.
-            with suppress(OSError, ValueError):
-                self._sink(stream.name, line)
+    def _turn(self, stream: _Stream) -> tuple[bool, bool]:
+        """Read a piece or hand over what was read, for a moment; return whether more can be done now, and whether the
+        sink refused."""
+        more = True
+        if stream.lines:
+            stream.spool.trim()
+        else:
+            lines, more = stream.spool.read()
+            stream.lines.extend(lines)
+        refused = bool(stream.lines) and self._hand_over(stream)
+        return not refused and (more or bool(stream.lines)), refused
 
+    def _hand_over(self, stream: _Stream) -> bool:
+        """Hand lines over for a moment; return whether the sink refused one."""
+        now = time.monotonic()
+        stop = now + SLICE_SECONDS
+        with PRINTER.batch():
+            while stream.lines and now < stop:
+                if self._sink is not None:
+                    try:
+                        self._sink(stream.spool.name, stream.lines[0])
+                    except BlockingIOError:
+                        return True
+                    except (OSError, ValueError):
+                        # Nobody reads any more (a closed pipe): the run goes on, and its last lines are kept.
+                        pass
+                self.tail.append(stream.lines.popleft())
+                self._taken = now = time.monotonic()
+                self._retry = RETRY_SECONDS
+        return False
 
-def print_line(stream: str, line: str) -> None:
-    """The default sink: the child's stdout and stderr go where ours go."""
-    file = sys.stdout if stream == "stdout" else sys.stderr
-    try:
-        print(line, file=file, flush=True)
-    except UnicodeEncodeError:  # our own output is ASCII only
-        print(line.encode("ascii", "backslashreplace").decode(), file=file, flush=True)
+    def _is_out_of_patience(self) -> bool:
+        now = time.monotonic()
+        return now - max(self._taken, self._ended_at) > PATIENCE_SECONDS or now - self._ended_at > LINGER_SECONDS
+
+    def _pause(self) -> float:
+        """Seconds until the next look: fewer while an eighth of the cap is written in less."""
+        now, sizes = time.monotonic(), [stream.spool.size for stream in self._streams]
+        growth = max(map(int.__sub__, sizes, self._sizes))
+        elapsed, self._looked, self._sizes = now - self._looked, now, sizes
+        if growth <= 0:
+            return POLL_SECONDS
+        return min(POLL_SECONDS, max(POLL_SECONDS / 10, elapsed * self._room / 8 / growth))
