@@ -29,7 +29,12 @@ class SpawnError(ProcworkerError):
 
 
 class ApiError(ProcworkerError):
-    """A call to the Prefect API did not succeed; `status_code` is None when no answer came."""
+    """A call to the Prefect API did not succeed; `status_code` is None when no answer came.
+
+    `retry_after` is how many seconds the server wants to be left alone, if it said so.
+    """
+
+    retry_after: float | None = None
 
     def __init__(self, message: str, status_code: int | None = None) -> None:
         super().__init__(message)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import anyio
-from anyio.abc import SocketStream
+from anyio.abc import Listener, SocketStream
 
 from procworker.errors import ConfigurationError
 
@@ -16,6 +16,7 @@ Check = Callable[[], str | None]
 
 _REQUEST_LIMIT = 8192
 _REQUEST_SECONDS = 5
+_RETRY_SECONDS = 0.1
 
 
 @asynccontextmanager
@@ -40,8 +41,15 @@ async def health_server(host: str, port: int, checks: dict[str, Check]) -> Async
                 except (OSError, anyio.BrokenResourceError, anyio.EndOfStream):
                     return  # the caller hung up
 
+    async def serve(address: Listener[SocketStream]) -> None:
+        while True:
+            with suppress(OSError):  # too many open files: who asks waits in the backlog
+                await address.serve(answer, tasks)
+            await anyio.sleep(_RETRY_SECONDS)
+
     async with listener, anyio.create_task_group() as tasks:
-        tasks.start_soon(listener.serve, answer)
+        for address in listener.listeners:
+            tasks.start_soon(serve, address)
         yield listener.extra(anyio.abc.SocketAttribute.local_port)
         tasks.cancel_scope.cancel()
 

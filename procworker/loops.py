@@ -54,16 +54,19 @@ class Loop:
         self._woken = anyio.Event()
         self.failures = 0
         self.last_success: float | None = None
+        self.asked_to_wait = 0.0
 
     def wake(self) -> None:
         self._woken.set()
 
     async def turn(self) -> None:
         """Do the work once; a failure is logged and counted."""
+        self.asked_to_wait = 0.0
         try:
             await self._work()
         except Exception as error:
             self.failures += 1
+            self.asked_to_wait = getattr(error, "retry_after", None) or 0.0
             level = logging.ERROR if isinstance(error, Unauthorized) else logging.WARNING
             if self.failures & (self.failures - 1) == 0:  # the 1st, 2nd, 4th, 8th ...: a long outage fills no disk
                 text = f"{type(error).__name__}: {error}"
@@ -81,6 +84,8 @@ class Loop:
             pause = self._interval()
             if self.failures:  # look soon whether it was a hiccup, then ever less often
                 pause = min(pause, 2.0 ** min(self.failures - 1, 10))
+            with anyio.move_on_after(self.asked_to_wait):
+                await anyio.sleep_forever()  # whoever wakes us, the server wants to be left alone
             with anyio.move_on_after(jittered(pause)):
                 await self._woken.wait()
 
@@ -89,11 +94,16 @@ T = TypeVar("T")
 
 
 async def patiently(call: Callable[[], Awaitable[T]], pause: float = 1.0, longest: float = 30.0) -> T:
-    """Repeat a call until the server answers it; any other failure is raised. Bound it with a cancel scope."""
+    """Repeat a call until the server answers it; any other failure is raised. Bound it with a cancel scope.
+
+    Refused credentials were good at the start: they are waited for, too.
+    """
     while True:
         try:
             return await call()
-        except Unreachable as error:
-            logger.debug("Waiting for the server: %s", error)
-        await anyio.sleep(jittered(pause))
+        except (Unreachable, Unauthorized) as error:
+            level = logging.ERROR if isinstance(error, Unauthorized) else logging.DEBUG
+            logger.log(level, "Waiting for the server: %s", error)
+            asked = error.retry_after or 0.0
+        await anyio.sleep(max(jittered(pause), asked))
         pause = min(pause * 2, longest)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import pairwise
 from uuid import UUID
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from procworker.configuration import BaseWorkerResult
-from procworker.errors import ObjectNotFound
+from procworker.errors import ObjectNotFound, ProcworkerError
 from procworker.server.models import State
 
 
@@ -27,14 +28,27 @@ class DeploymentGone(ObjectNotFound):
     """The deployment of a claimed run no longer exists."""
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What this worker knows of a run whose processes are gone."""
+class ExitUnknown(ProcworkerError):
+    """A run has ended while nobody watched it; `tail` holds the last lines of its output that may be shown."""
+
+    def __init__(self, message: str, tail: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.tail = list(tail)
+
+
+class Facts(BaseModel, frozen=True):
+    """What is known of a run whose processes are gone; plain data, which keeps on disk until it is reported."""
 
     reason: Reason | None = None
     reason_text: str = ""
     result: BaseWorkerResult | None = None
-    error: BaseException | None = None
+    failure: str | None = None
+    """Why it could not be started, or why nothing is known of its end."""
+    deployment_gone: bool = False
+    unseen: bool = False
+    """It was started and has ended, but nobody saw how."""
+    tail: list[str] = []
+    """The last lines of its output."""
     may_live_on: bool = False
     """Its infrastructure may outlive our losing sight of it, and then its own engine reports."""
     must_report: bool = False
@@ -99,12 +113,11 @@ def decide(facts: Facts, history: Sequence[State]) -> Proposal | None:
     current = history[-1]
     final = current.is_final() and not current.is_cancelling()
     if facts.reason is Reason.CANCELLED or current.is_cancelling():
-        crashed_by_us = current.type == "CRASHED" and any(state.is_cancelling() for state in history[-3:-1])
-        if final and not crashed_by_us:
+        if final and not _crashed_by_our_signal(facts, history):
             return None
         return Proposal("CANCELLED", "Cancelled", _message("Flow run was cancelled.", facts), force=True)
     if facts.reason is Reason.TIMED_OUT:
-        if final and current.type != "CRASHED":
+        if final and (current.type != "CRASHED" or current.name == "TimedOut"):
             return None
         return Proposal("CRASHED", "TimedOut", _message(facts.reason_text, facts), force=final)
     if final:
@@ -113,21 +126,29 @@ def decide(facts: Facts, history: Sequence[State]) -> Proposal | None:
         if facts.may_live_on:
             return None
         return Proposal("CRASHED", "Crashed", _message(facts.reason_text, facts))
-    if isinstance(facts.error, DeploymentGone):
-        return Proposal("CANCELLED", "Cancelled", str(facts.error), force=True)
-    if facts.result is None:
-        text = f"Flow run could not be submitted to infrastructure. {one_line(facts.error)}"
+    if facts.deployment_gone:
+        return Proposal("CANCELLED", "Cancelled", str(facts.failure), force=True)
+    if facts.result is None and not facts.unseen:
+        text = f"Flow run could not be submitted to infrastructure. {facts.failure}"
         return None if facts.may_live_on else Proposal("CRASHED", "Crashed", text)
     return _judge_exit(facts.result, current, facts)
 
 
-def _judge_exit(result: BaseWorkerResult, current: State, facts: Facts) -> Proposal | None:
-    code = result.status_code
+def _crashed_by_our_signal(facts: Facts, history: Sequence[State]) -> bool:
+    """Did an engine without a control session take the SIGTERM of a cancel for a crash?"""
+    asked = any(state.is_cancelling() for state in history[-3:-1])
+    died_of_it = facts.result is not None and facts.result.status_code == -signal.SIGTERM
+    return history[-1].type == "CRASHED" and (asked or died_of_it)
+
+
+def _judge_exit(result: BaseWorkerResult | None, current: State, facts: Facts) -> Proposal | None:
     rescheduled = current.type == "SCHEDULED" and not facts.retries_here
     suspended = current.type == "PAUSED" and current.state_details.get("pause_reschedule")
     if rescheduled or suspended:
         return None
-    if code != 0:
+    if result is None:
+        text = str(facts.failure)
+    elif (code := result.status_code) != 0:
         text = f"Flow run infrastructure exited with non-zero status code {code}. {result.explanation}".rstrip()
     elif current.type in ("PENDING", "RUNNING") and facts.must_report:
         text = "The flow run process ended without reporting a state."

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
-from uuid import uuid4
 
 import anyio
 from anyio.abc import TaskStatus
@@ -18,13 +19,18 @@ from pydantic import Field, PrivateAttr
 
 from procworker.configuration import BaseJobConfiguration, BaseVariables, BaseWorkerResult
 from procworker.errors import InfrastructureNotAvailable, InfrastructureNotFound
+from procworker.outcome import ExitUnknown
 from procworker.run import CANCEL_GRACE_SECONDS
 from procworker.server.models import FlowRun
-from procworker.settings import secrets_in
+from procworker.settings import Settings, secrets_in
 from procworker.system.child import Child, explain_exit, join_command, parse_command, spawn
+from procworker.system.control import Control, Session
+from procworker.system.deadman import dead_mans_switch
 from procworker.system.interpreter import Interpreter, find_interpreter, inherited, locate
-from procworker.system.output import Follower, Mask, RunDirectory, Sink, print_line
-from procworker.system.tree import COOKIE, Family, describe
+from procworker.system.journal import Journal, Page
+from procworker.system.output import Follower, Mask, Sink
+from procworker.system.printer import print_line
+from procworker.system.tree import COOKIE, Family, Process, age, describe, find_root, is_touchable
 from procworker.worker import BaseWorker
 
 SETTLE_SECONDS, LEFTOVER_GRACE_SECONDS = 0.5, 5.0
@@ -82,6 +88,21 @@ class ProcessWorkerResult(BaseWorkerResult):
     """How a flow run process ended; the status code is minus the signal's number when a signal ended it."""
 
 
+UNSEEN = "The flow run process ended while no worker watched it: exit status unknown."
+HEIR_SECONDS = 120.0
+"""How long the reports of a worker that died may take; then they wait on disk for the next start."""
+WORK_DIR = "procworker-"
+
+
+@dataclass(frozen=True)
+class Live:
+    """What is at hand of one running flow run."""
+
+    child: Child
+    family: Family
+    session: Session
+
+
 class ProcessWorker(BaseWorker[ProcessJobConfiguration, ProcessVariables, ProcessWorkerResult]):
     """A worker that starts flow runs as processes of its own host."""
 
@@ -89,18 +110,34 @@ class ProcessWorker(BaseWorker[ProcessJobConfiguration, ProcessVariables, Proces
     job_configuration = ProcessJobConfiguration
     job_configuration_variables = ProcessVariables
     extra_variables = frozenset({"python", "timeout_seconds", "grace_seconds", "leftovers"})
+    kept_fields = frozenset({"stream_output", "timeout_seconds", "grace_seconds", "leftovers"})
     ends_with_run = True
 
     _description = "Runs each flow run as one process on this host, and leaves nothing behind."
     _display_name = "Process"
     _documentation_url = "https://docs.prefect.io/latest/"
 
+    _journal: Journal
+
     def __init__(self, *args: Any, python: str | None = None, sink: Sink = print_line, **options: Any) -> None:
         """As BaseWorker; `python` runs flows whose job names no other, `sink` takes their output line by line."""
-        super().__init__(*args, **options)
+        settings = options.pop("settings", None) or Settings.load()
+        super().__init__(*args, settings=settings, journal=Journal(settings.state_home), **options)
         self._python = python
         self._sink = sink
-        self._families: dict[str, Family] = {}
+        self._live: dict[str, Live] = {}
+        self._control = Control()
+
+    async def setup(self) -> None:
+        async with AsyncExitStack() as stack:
+            stack.callback(self._journal.close)
+            self._control = await stack.enter_async_context(Control())
+            if self._orphans == "kill":
+                heir = (self._settings, self._journal.owner, self.name)
+                stack.enter_context(dead_mans_switch(__name__, end_runs_of.__name__, heir))
+            await super().setup()
+            stack.push_async_exit(self._stack)
+            self._stack = stack.pop_all()
 
     def _inherited_environment(self, configuration: ProcessJobConfiguration) -> dict[str, str]:
         """Our own environment and the settings; a configured command chooses its own Python."""
@@ -122,43 +159,79 @@ class ProcessWorker(BaseWorker[ProcessJobConfiguration, ProcessVariables, Proces
 
         Raises SpawnError when it cannot be started.
         """
-        cookie = f"{flow_run.id}.{uuid4().hex}"
-        directory = RunDirectory.create(self._settings.state_home, cookie)
+        ours = not self._journal.has(flow_run.id)
+        page = self._journal.page(flow_run.id)
+        session = self._control.session()
+        env = {k: v for k, v in configuration.env.items() if v is not None}
         try:
-            with _working_directory(configuration.working_dir) as cwd:
-                child = await spawn(
-                    parse_command(configuration.command or configuration._base_flow_run_command()),
-                    cwd=cwd,
-                    env={**{k: v for k, v in configuration.env.items() if v is not None}, COOKIE: cookie},
-                    stdout=directory.stdout,
-                    stderr=directory.stderr,
-                )
-                return await self._watch(
-                    flow_run, configuration, child, Family(child.identity, cookie), directory, task_status
-                )
+            argv = parse_command(configuration.command or configuration._base_flow_run_command())
+            with _working_directory(configuration.working_dir, page) as cwd:
+                # From the start of the process on somebody must know of it, whatever happens to us.
+                with anyio.CancelScope(shield=True):
+                    child = await spawn(
+                        argv,
+                        cwd=cwd,
+                        env={**env, **session.environment, COOKIE: page.name},
+                        stdout=page.stdout,
+                        stderr=page.stderr,
+                    )
+                    secrets = secrets_in(env)
+                    known = {"process": child.identity, "secrets": bool(secrets - self._settings.secrets())}
+                    page.write(phase="running", infrastructure={**_infrastructure(page), **known})
+                    live = self._live[str(child.pid)] = Live(child, Family(child.identity, page.name), session)
+                return await self._watch(flow_run, configuration, live, page, secrets, task_status)
         finally:
-            directory.remove()
+            session.close()
+            if ours:
+                page.remove()
+
+    async def _reattach(
+        self, flow_run: FlowRun, configuration: ProcessJobConfiguration, task_status: TaskStatus[Any]
+    ) -> ProcessWorkerResult:
+        """Watch and end what a dead worker started; how it exited nobody can know.
+
+        Raises ExitUnknown.
+        """
+        page = self._journal.page(flow_run.id)
+        try:
+            known = _infrastructure(page)
+            root = Process(*known["process"]) if "process" in known else find_root(page.name)
+            if root is None or not page.is_of_this_boot or not is_touchable(root):
+                raise ExitUnknown(UNSEEN)
+            # Its engine knows no control session but that of the worker that is dead.
+            child = Child(root)
+            live = self._live[str(root.pid)] = Live(child, Family(root, page.name), Control().session())
+            if configuration.timeout_seconds:
+                configuration.timeout_seconds = max(configuration.timeout_seconds - age(root), 0.001)
+            environ = child.environment()
+            # Who has ended tells nobody what is secret in its output.
+            secrets = None if not environ and known.get("secrets", True) else secrets_in(environ)
+            return await self._watch(flow_run, configuration, live, page, secrets, task_status, resume=True)
+        finally:
+            _remove_work_dir(page)
 
     async def _watch(
         self,
         flow_run: FlowRun,
         configuration: ProcessJobConfiguration,
-        child: Child,
-        family: Family,
-        directory: RunDirectory,
+        live: Live,
+        page: Page,
+        secrets: frozenset[str] | None,
         task_status: TaskStatus[Any] | None,
+        resume: bool = False,
     ) -> ProcessWorkerResult:
-        """Follow the output until the last process has gone; say how it ended."""
-        mask = Mask(self._settings.secrets() | secrets_in(configuration.env))
-        sink = partial(self._print, flow_run.name, mask) if configuration.stream_output else None
-        follower = Follower(directory, sink)
-        self._families[str(child.pid)] = family
+        """Follow the output (unless nobody knows its secrets) until the last process has gone; say how it ended."""
+        child, family = live.child, live.family
+        mask = Mask(self._settings.secrets() | (secrets or frozenset()))
+        shown = configuration.stream_output and secrets is not None
+        sink = partial(self._print, flow_run.name, mask) if shown else None
+        follower = Follower(page, sink, resume=resume)
         try:
             if task_status is not None:
                 task_status.started(child.pid)
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(follower.follow)
-                code = await child.wait()
+                code = await _exit_of(child, family)
                 before = set(family.ended)
                 if configuration.leftovers == "kill":
                     await family.end(LEFTOVER_GRACE_SECONDS, SETTLE_SECONDS, hurry=False)
@@ -167,27 +240,34 @@ class ProcessWorker(BaseWorker[ProcessJobConfiguration, ProcessVariables, Proces
             # The worker is being torn down: what it started goes with it. KILL_SECONDS bounds this.
             with anyio.CancelScope(shield=True):
                 await family.end(0.0)
-                if child.identity not in family.survivors:
-                    await child.wait()  # no zombie is left to a loop that closes next
+                await _exit_of(child, family)  # no zombie is left to a loop that closes next
             raise
         finally:
-            del self._families[str(child.pid)]
+            del self._live[str(child.pid)]
+            family.close()
+            self.unkilled += len(family.survivors)
         if left := family.ended - before:
             self.get_flow_run_logger(flow_run).warning(
                 "Processes left behind by the flow run were ended: %d", len(left)
             )
-        meaning = explain_exit(code)
-        explanation = f"{meaning.text} {meaning.hint}" if code else ""
         remarks = []
         if family.survivors:
             remarks.append(f"Could not be killed: {', '.join(map(describe, family.survivors))}.")
-        tail = [mask(line)[:TAIL_WIDTH] for line in follower.tail]
+        tail = [mask(line)[:TAIL_WIDTH] for line in follower.tail if secrets is not None]
+        if code is None:
+            raise ExitUnknown(" ".join([UNSEEN, *remarks]), tail)
+        meaning = explain_exit(code)
+        explanation = f"{meaning.text} {meaning.hint}" if code else ""
         return ProcessWorkerResult(
             identifier=str(child.pid), status_code=code, explanation=explanation, remarks=remarks, tail=tail
         )
 
     def _print(self, name: str, mask: Mask, stream: str, line: str) -> None:
         self._sink(stream, f"{name} | {mask(line)}")
+
+    async def _announce_cancel(self, identifier: str) -> None:
+        if live := self._live.get(identifier):
+            await live.session.cancel()
 
     async def kill_infrastructure(
         self,
@@ -202,16 +282,71 @@ class ProcessWorker(BaseWorker[ProcessJobConfiguration, ProcessVariables, Proces
         host, _, pid = infrastructure_pid.rpartition(":")
         if host and host != socket.gethostname():
             raise InfrastructureNotAvailable(f"Process {pid} runs on host {host!r}, not on {socket.gethostname()!r}.")
-        family = self._families.get(pid)
-        if family is None:
+        live = self._live.get(pid)
+        if live is None:
             raise InfrastructureNotFound(f"Process {pid} was not started by this worker, or has ended.")
-        await family.end(grace_seconds)
+        await live.family.end(grace_seconds)
+
+
+async def _exit_of(child: Child, family: Family) -> int | None:
+    """Wait for the exit of a run's first process; None when it cannot be known, or when the process cannot be ended."""
+    code = None
+
+    async def give_up() -> None:
+        await family.given_up.wait()
+        waiting.cancel_scope.cancel()
+
+    async with anyio.create_task_group() as waiting:
+        waiting.start_soon(give_up)
+        code = await child.wait()
+        waiting.cancel_scope.cancel()
+    return code
 
 
 @contextmanager
-def _working_directory(given: Path | None) -> Iterator[Path]:
+def _working_directory(given: Path | None, page: Page) -> Iterator[Path]:
     if given is not None:
         yield Path(os.path.expanduser(given))
         return
-    with tempfile.TemporaryDirectory(prefix="procworker-", ignore_cleanup_errors=True) as path:
-        yield Path(path)
+    path = Path(tempfile.gettempdir(), f"{WORK_DIR}{page.name}")
+    page.data["infrastructure"] = {"work_dir": str(path)}
+    path.mkdir(mode=0o700)
+    try:
+        yield path
+    finally:
+        _remove_work_dir(page)
+
+
+def _remove_work_dir(page: Page) -> None:
+    """Remove the temporary directory that a run was given, also what the run made inaccessible in it."""
+    path = Path(_infrastructure(page).get("work_dir") or Path(tempfile.gettempdir(), f"{WORK_DIR}{page.name}"))
+    if path.name != f"{WORK_DIR}{page.name}":
+        return
+    for place, names, _ in os.walk(path):
+        for name in names:
+            with suppress(OSError):
+                os.chmod(os.path.join(place, name), 0o700, follow_symlinks=os.chmod not in os.supports_follow_symlinks)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _infrastructure(page: Page) -> dict[str, Any]:
+    found: dict[str, Any] = page.data.get("infrastructure") or {}
+    return found
+
+
+def end_runs_of(heir: tuple[Settings, str, str]) -> None:
+    """End and report what a dead worker left: (its settings, its journal's owner, its name)."""
+    settings, owner, name = heir
+    anyio.run(_end_runs_of, ProcessWorker(None, name=name, settings=settings), owner)
+
+
+async def _end_runs_of(worker: ProcessWorker, owner: str) -> None:
+    with anyio.move_on_after(HEIR_SECONDS):
+        while not worker._journal.is_dead(owner):  # noqa: ASYNC110 - the kernel tells nobody
+            await anyio.sleep(0.02)
+    if not (pages := worker._journal.take_over_from(owner)):
+        return
+    async with worker:
+        worker._resume(pages)
+        for run in worker.runs.values():
+            run.reporting.deadline = anyio.current_time() + HEIR_SECONDS

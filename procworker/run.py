@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import suppress
@@ -15,6 +14,7 @@ import anyio.to_thread
 from anyio.abc import TaskGroup, TaskStatus
 from pydantic import ValidationError
 
+from procworker.claim import Claim, without_deployment
 from procworker.configuration import (
     BaseJobConfiguration,
     BaseWorkerResult,
@@ -26,21 +26,21 @@ from procworker.errors import (
     InfrastructureNotFound,
     ObjectNotFound,
     ProcworkerError,
-    Unreachable,
+    Rejected,
     single,
 )
 from procworker.logs import RunLogger
 from procworker.loops import patiently
-from procworker.outcome import DeploymentGone, Facts, Reason, carries_id, decide, latest_attempt, one_line, owns
+from procworker.outcome import DeploymentGone, ExitUnknown, Facts, Reason, one_line
+from procworker.record import ForgottenPage, Journal, Page, Record
+from procworker.report import Report
 from procworker.server.client import Client
 from procworker.server.models import Deployment, Flow, FlowRun, State, WorkPool, new_state
 from procworker.submission import FlowRunFuture
 
 T = TypeVar("T")
 
-CLAIM_SECONDS = 2.0
-"""Age up to which a poll answer is good for a claim: servers accept a stale one (contract 0)."""
-CANCEL_GRACE_SECONDS, ASK_SECONDS = 30.0, 2.0
+CANCEL_GRACE_SECONDS, STOP_GRACE_SECONDS, ASK_SECONDS = 30.0, 10.0, 2.0
 
 
 class Sources:
@@ -69,6 +69,8 @@ class Host(Protocol):
     job_configuration: Any
     extra_variables: ClassVar[frozenset[str]]
     ends_with_run: ClassVar[bool]
+    kept_fields: ClassVar[frozenset[str]]
+    _journal: Journal
     _work_pool: WorkPool | None
     _base_job_template: dict[str, Any] | None
 
@@ -79,6 +81,9 @@ class Host(Protocol):
     def _inherited_environment(self, configuration: Any) -> dict[str, str]: ...
     async def run(self, flow_run: FlowRun, configuration: Any, task_status: TaskStatus[Any] | None = None) -> Any: ...
     async def kill_infrastructure(self, infrastructure_pid: str, configuration: Any, grace_seconds: float) -> None: ...
+    async def _reattach(self, flow_run: FlowRun, configuration: Any, task_status: TaskStatus[Any]) -> Any: ...
+    async def _announce_cancel(self, identifier: str) -> None: ...
+    def _signature(self) -> dict[str, Any]: ...
     def _in_background(self, work: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> None: ...
     def _run_moved(self) -> None: ...
     def _emit(self, event: str, run: Any, follows: Mapping[str, Any] | None = None) -> dict[str, Any] | None: ...
@@ -99,13 +104,21 @@ class Started(TaskStatus[Any]):
 class Run:
     """One flow run. The task that walks it owns it; to end it, others write down a reason and end its processes."""
 
-    def __init__(self, host: Host, flow_run: FlowRun, log: RunLogger, sources: Sources, answered_at: float) -> None:
+    def __init__(
+        self,
+        host: Host,
+        flow_run: FlowRun,
+        log: RunLogger,
+        sources: Sources,
+        answered_at: float,
+        transition_id: UUID | None = None,
+    ) -> None:
+        """With a transition id the run is claimed already."""
         self.flow_run = flow_run
         self.id = flow_run.id
         self.log = log
         self.answered_at = answered_at
-        self.transition_id = uuid4()
-        self.claimed = False
+        self.claim = Claim(flow_run, log, transition_id)
         self.deployment: Deployment | None = None
         self.flow: Flow | None = None
         self.configuration: BaseJobConfiguration | None = None
@@ -117,8 +130,10 @@ class Run:
         self.final_state: State | None = None
         self.future: FlowRunFuture | None = None
         self.reporting = anyio.CancelScope(shield=True)
-        self.refusal: str | None = None
         self.ending = False
+        self.page: Page = ForgottenPage({})
+        self._resumed: Record | None = None
+        self._announced = False
         self._preparing = anyio.CancelScope()
         self._running = anyio.CancelScope()
         self._entered = False
@@ -133,19 +148,43 @@ class Run:
         return not self._entered and self.error is None
 
     @property
+    def is_resumed(self) -> bool:
+        """Did a worker that has died take it?"""
+        return self._resumed is not None
+
+    @property
     def stopped_text(self) -> str:
         return f"The worker {self._host.name!r} was stopped, and the flow run with it."
+
+    @property
+    def facts(self) -> Facts:
+        """What is to be reported, as far as it is known now."""
+        if self._resumed is not None and self._resumed.phase == "ended":
+            return self._resumed.facts
+        ends_with_run = self._host.ends_with_run
+        return Facts(
+            reason=self.reason,
+            reason_text=self.reason_text,
+            result=self.result,
+            failure=one_line(self.error) if self.error else None,
+            deployment_gone=isinstance(self.error, DeploymentGone),
+            unseen=isinstance(self.error, ExitUnknown),
+            tail=getattr(self.error if self.result is None else self.result, "tail", []),
+            may_live_on=self.identifier is not None and self.result is None and not ends_with_run,
+            must_report=ends_with_run and not self._configured_command,
+        )
 
     async def walk(self) -> None:
         """Claim, configure, run, report; whatever goes wrong in a run stays in it."""
         try:
             with self._preparing:
-                if not self.claimed:
+                self._open_page()
+                if not self.claim.held:
                     await self._claim()
-                if self.claimed:
+                if self.claim.held and self.reason is None and self.page.data.get("phase") == "claiming":
                     await self._configure()
             if self.configuration is not None:
-                await self._execute()
+                await self._execute(self.configuration)
         except Exception as caught:
             self.error = error = single(caught)
             known = isinstance(error, ProcworkerError | ValidationError)
@@ -153,81 +192,48 @@ class Run:
             self.log.error("Flow run %r failed: %s", self.flow_run.name, text, exc_info=None if known else error)
         finally:
             self._named.set()
-            if self.claimed:
+            if self.claim.held:
                 await self._report()
+            else:
+                self.page.remove()
+
+    def resume(self, page: Page, record: Record, text: str) -> None:
+        """Go on where a dead worker left off, or, if it wanted that, end the run and give `text` as the reason."""
+        self.page, self._resumed = page, record
+        facts = record.facts
+        self.reason, self.reason_text, self.result = facts.reason, facts.reason_text, facts.result
+        self._configured_command = not facts.must_report
+        if record.phase in ("starting", "running"):
+            self.configuration = self._host.job_configuration(**record.job)
+        if record.orphans == "kill" and self.reason is None:
+            self.reason, self.reason_text = Reason.STOPPED, text
+        self.claim.held = record.phase != "claiming" or self.reason is not None
+
+    def _open_page(self) -> None:
+        """Write down what we are about to do; raises OSError when it cannot even be remembered."""
+        if self._resumed is None:
+            record = Record(
+                flow_run_id=self.id,
+                flow_run_name=self.flow_run.name,
+                transition_id=self.claim.transition_id,
+                **self._host._signature(),
+            )
+            self.page = self._host._journal.page(self.id, **record.model_dump(mode="json", exclude={"flow_run_id"}))
+
+    def _note(self, **changes: Any) -> None:
+        self.page.write(facts=self.facts.model_dump(mode="json"), **changes)
 
     async def _claim(self) -> None:
-        """Take the run by an accepted PENDING of our own; never from an old answer, never over a newer outcome."""
-        client, name = self._host.client, self.flow_run.name
-        deadline = self.answered_at + CLAIM_SECONDS
-        if anyio.current_time() > deadline:
-            return
-        pending = new_state("PENDING", transition_id=self.transition_id)
-        try:
-            answer = await client.set_flow_run_state(self.id, pending, deadline=deadline)
-        except Unreachable as error:
-            self.log.warning("The claim of flow run %r got no answer: %s", name, error)
-            # It may have been applied all the same: the history tells.
-        except ApiError as error:
-            self.log.warning("Flow run %r could not be claimed: %s", name, error)
-            self.refusal = str(error)
-            return
-        else:
-            # A REJECT that shows our own transition id answers a repeated request.
-            own = answer.state is not None and carries_id(answer.state, self.transition_id)
-            if not own or answer.state is None or answer.state.type != "PENDING":
-                self.log.info("Flow run %r is not ours to run: %s", name, answer.details.get("reason", answer.status))
-                self.refusal = str(answer.details.get("reason") or answer.status)
-                await self._cancel_without_deployment()
-                return
-        self.claimed = True
-        self.claimed = await self._holds_claim()
-
-    async def _holds_claim(self) -> bool:
-        """Look back whether our PENDING took what was scheduled, and nobody else's did.
-
-        Servers accept a claim over the end of another attempt (contract 0), and SQLite ones two claims at once. They
-        stamp a state before they wait for their database: only what stands now tells who came last.
-        """
         client = self._host.client
-        attempt = latest_attempt(await patiently(partial(client.read_flow_run_states, self.id)))
-        others = [state for state in attempt if not carries_id(state, self.transition_id)]
-        if len(others) == len(attempt):
-            return False
-        if not others:
-            return True
-        moved = [state for state in others if state.type != "PENDING"]
-        current = (await patiently(partial(client.read_flow_run, self.id))).state
-        if current is None or carries_id(current, self.transition_id):
-            # We came last, over a rival or what became of it. What runs will be followed by its own engine's word.
-            if moved and moved[-1].type != "RUNNING":
-                await self._put_back(moved[-1])
-            return False
-        # Whose PENDING stands now gives way; so the first of the others has the run.
-        first = carries_id(next(state for state in attempt if state.id != current.id), self.transition_id)
-        if first and current.is_cancelling():
+        if self._resumed is None:
+            read_deployment = partial(self._sources.read, self.flow_run.deployment_id, client.read_deployment)
+            await self.claim.take(client, self.answered_at, read_deployment)
+        else:  # a dead worker's claim is as good as ours, if it still stands
+            self.flow_run = await patiently(partial(client.read_flow_run, self.id))
+            await self.claim.look_back(client)
+            self._resumed = None  # from here on it is a run like any other
+        if self.claim.cancelled:
             self.reason = Reason.CANCELLED
-        return first and (current.is_cancelling() or current.type == "PENDING")
-
-    async def _cancel_without_deployment(self) -> None:
-        """A run whose deployment is gone can never be claimed: say so once instead of polling it for ever."""
-        try:
-            await self._sources.read(self.flow_run.deployment_id, self._host.client.read_deployment)
-        except ObjectNotFound:
-            history = await patiently(partial(self._host.client.read_flow_run_states, self.id))
-            if history and history[-1].type == "SCHEDULED":
-                state = new_state("CANCELLED", message=self._without_deployment)
-                await patiently(partial(self._host.client.set_flow_run_state, self.id, state, force=True))
-
-    @property
-    def _without_deployment(self) -> str:
-        return f"The deployment {self.flow_run.deployment_id} of this flow run no longer exists."
-
-    async def _put_back(self, state: State) -> None:
-        """Our claim overwrote the end of another attempt: make it stand again."""
-        self.log.info("Flow run %r was %s already and is left so", self.flow_run.name, state.name or state.type)
-        body = new_state(state.type, state.name, state.message, uuid4(), _details(state), state.data)
-        await patiently(partial(self._host.client.set_flow_run_state, self.id, body, force=True))
 
     async def _configure(self) -> None:
         """Read what the run belongs to, then compute its configuration."""
@@ -235,7 +241,7 @@ class Run:
         try:
             self.deployment = await self._sources.read(flow_run.deployment_id, host.client.read_deployment)
         except ObjectNotFound as error:
-            raise DeploymentGone(self._without_deployment) from error
+            raise DeploymentGone(without_deployment(flow_run)) from error
         self.flow = await self._sources.read(flow_run.flow_id, host.client.read_flow)
         own = host.get_default_base_job_template()
         template = (pool and pool.base_job_template) or host._base_job_template or own
@@ -243,26 +249,35 @@ class Run:
         variables = merge_job_variables(
             self.deployment.job_variables if self.deployment else {}, flow_run.job_variables
         )
-        configuration = await host.job_configuration.from_template_and_values(template, variables, host.client)
+        build = partial(host.job_configuration.from_template_and_values, template, variables, host.client)
+        configuration = await patiently(build)
         self._configured_command = configuration.command is not None
         # In a thread: it may ask an interpreter which Prefect it has.
         configuration._inherited = await anyio.to_thread.run_sync(host._inherited_environment, configuration)
         configuration.prepare(flow_run, self.deployment, self.flow, pool, host.name, host.backend_id)
         self.configuration = configuration
 
-    async def _execute(self) -> None:
+    async def _execute(self, configuration: BaseJobConfiguration) -> None:
         """Run it to its end, whoever ends it."""
-        if self.reason is not None:
+        if self.reason is not None and self._resumed is None:
             return
         host, self._entered = self._host, True
-        self.log.info("Worker %r submitting flow run %r", host.name, str(self.id))
-        submitted = host._emit("prefect.worker.submitted-flow-run", self)
+        submitted = None
+        run = host._reattach
+        if self._resumed is None:
+            self.log.info("Worker %r submitting flow run %r", host.name, str(self.id))
+            submitted = host._emit("prefect.worker.submitted-flow-run", self)
+            job = configuration.model_dump(mode="json", include=set(host.kept_fields))
+            self._note(phase="starting", job=job)
+            run = host.run
         async with anyio.create_task_group() as beside:
             started = Started(partial(self._started, beside))
             with self._running:
-                self.result = await host.run(self.flow_run, self.configuration, task_status=started)
-                if self.result is None:
-                    raise ProcworkerError(f"{type(host).__name__}.run() returned nothing: return how the run ended")
+                self.result = await run(self.flow_run, configuration, task_status=started)
+                if not isinstance(self.result, BaseWorkerResult):
+                    self.result = None
+                    name = type(host).__name__
+                    raise ProcworkerError(f"{name}.run() returned nothing of use: a BaseWorkerResult is expected")
                 host._emit("prefect.worker.executed-flow-run", self, submitted)
             beside.cancel_scope.cancel()
 
@@ -276,7 +291,8 @@ class Run:
         if seconds:
             beside.start_soon(self._stop_after, seconds)
         if self.reason is not None:
-            self._host._in_background(self._end, 0.0)
+            polite = STOP_GRACE_SECONDS if self.reason is Reason.STOPPED else self._grace
+            self._host._in_background(self._end, polite if self._resumed else 0.0)
         self._host._run_moved()
 
     async def _tell(self) -> None:
@@ -309,11 +325,14 @@ class Run:
         """
         if self.reason is None and self.result is None:
             self.reason, self.reason_text = reason, text
+            self._note()
             self.log.info("Ending flow run %r: %s", self.flow_run.name, text or reason.value)
-        if grace is None:
-            own = getattr(self.configuration, "grace_seconds", None)
-            grace = CANCEL_GRACE_SECONDS if own is None else float(own)
-        await self._end(grace)
+        await self._end(self._grace if grace is None else grace)
+
+    @property
+    def _grace(self) -> float:
+        own = getattr(self.configuration, "grace_seconds", None)
+        return CANCEL_GRACE_SECONDS if own is None else float(own)
 
     async def _end(self, grace: float) -> None:
         self.ending = True
@@ -326,6 +345,9 @@ class Run:
                     self._running.cancel()
             return
         try:
+            if self.reason is Reason.CANCELLED and grace and not self._announced:
+                self._announced = True
+                await self._host._announce_cancel(self.identifier)
             await self._host.kill_infrastructure(self.identifier, self.configuration, grace)
         except InfrastructureNotFound:
             pass  # it has just ended by itself
@@ -342,58 +364,30 @@ class Run:
             self.reporting.deadline = min(self.reporting.deadline, anyio.current_time() + 10)
         if self.result is not None:
             self.log.info("Flow run %r exited with status code %d", self.flow_run.name, self.result.status_code)
+        self._note(phase="ended")
+        report = Report(self.id, self.flow_run.name, self.claim.transition_id, self.facts, uuid4())
+        text = "The end of flow run %r could not be reported%s: %s"
         with self.reporting:
-            transition_id = uuid4()
             try:
-                self.final_state = await patiently(partial(self._conclude, transition_id))
-                if self.reason is Reason.CANCELLED and self.result is not None:
-                    self._host._emit("prefect.worker.cancelled-flow-run", self)
-                return
+                self.final_state = await patiently(partial(report.deliver, self._host.client, self.log))
+            except Rejected as error:
+                self.log.error(text, self.flow_run.name, "", one_line(error))
             except Exception as error:
-                text = "The end of flow run %r could not be reported: %s"
-                self.log.error(text, self.flow_run.name, one_line(error))
+                self.log.error(text, self.flow_run.name, "", one_line(error), exc_info=error)
+            self.page.remove()
+            if self.final_state and self.reason is Reason.CANCELLED and self.result is not None:
+                self._host._emit("prefect.worker.cancelled-flow-run", self)
         if self.reporting.cancelled_caught:
-            self.log.error("The end of flow run %r could not be reported in time", self.flow_run.name)
-
-    async def _conclude(self, transition_id: UUID) -> State | None:
-        client = self._host.client
-        history = await client.read_flow_run_states(self.id)
-        if not owns(history, self.transition_id):
-            self.log.info("Flow run %r was deleted or started again elsewhere", self.flow_run.name)
-            return None
-        ends_with_run = self._host.ends_with_run
-        retries_here = False
-        if history[-1].type == "SCHEDULED":
-            policy = ((await client.read_flow_run(self.id)).model_extra or {}).get("empirical_policy") or {}
-            retries_here = policy.get("retry_type") == "in_process"
-        facts = Facts(
-            self.reason,
-            self.reason_text,
-            self.result,
-            self.error,
-            may_live_on=self.identifier is not None and self.result is None and not ends_with_run,
-            must_report=ends_with_run and not self._configured_command,
-            retries_here=retries_here,
-        )
-        proposal = decide(facts, history)
-        if proposal is None or carries_id(history[-1], transition_id):
-            if self.result and history[-1].type in ("PENDING", "RUNNING"):
-                text = "Flow run %r is left %s: its command exited with 0, but reported no end"
-                self.log.warning(text, self.flow_run.name, history[-1].name)
-            return history[-1]
-        details = _details(history[-1]) if proposal.force else {}
-        state = new_state(proposal.type, proposal.name, proposal.message, transition_id, details)
-        answer = await client.set_flow_run_state(self.id, state, force=proposal.force)
-        if answer.status != "ACCEPT":
-            history = await client.read_flow_run_states(self.id)
-            return history[-1] if history else None
-        level = logging.INFO if proposal.type == "CANCELLED" else logging.ERROR
-        self.log.log(level, "Reported flow run %r as %s: %s", self.flow_run.name, proposal.name, proposal.message)
-        if self.result is not None and self.result.tail and proposal.type == "CRASHED":
-            self.log.error("The last lines of its output:\n%s", "\n".join(self.result.tail))
-        return answer.state
+            later = " and is kept for the next start of a worker here" if self.page.kept else ""
+            self.log.error(text, self.flow_run.name, later, "the server did not answer in time")
 
 
-def _details(state: State) -> dict[str, Any]:
-    """What must survive when a state is replaced by force, a concurrency lease for one."""
-    return {key: value for key, value in state.state_details.items() if value is not None and key != "transition_id"}
+def resumed(host: Host, page: Page, logger_of: Callable[[FlowRun], RunLogger]) -> Run:
+    """Return the run that a dead worker wrote down on this page; raises ValidationError."""
+    record = Record.model_validate(page.data)
+    flow_run = FlowRun(id=record.flow_run_id, name=record.flow_run_name)
+    log = logger_of(flow_run)
+    run = Run(host, flow_run, log, Sources(), anyio.current_time(), record.transition_id)
+    run.resume(page, record, f"The worker {record.worker!r} died, and the flow run was ended for that.")
+    log.info("Going on with flow run %r of the worker %r, which has died", flow_run.name, record.worker)
+    return run

@@ -92,6 +92,7 @@ class Settings(BaseModel, frozen=True, hide_input_in_errors=True, validate_defau
     state_home: Path = Path(os.path.expanduser("~/.local/state/procworker"))
     profile: str = "ephemeral"
     exported: dict[str, str] = Field(default={}, repr=False)
+    embedded_server: str | None = None
 
     @classmethod
     def load(
@@ -127,6 +128,7 @@ class Settings(BaseModel, frozen=True, hide_input_in_errors=True, validate_defau
         known["home"] = place(known.get("home") or "~/.prefect")
         known["state_home"] = place(found.get("PROCWORKER_HOME") or default_state_home(env))
         exported = {key: value for key, value in found.items() if EXPORTED.match(key)}
+        known.pop("embedded_server", None)
         known["exported"] = {k: v.strip() if k in STRIPPED else v for k, v in exported.items()}
         try:
             return cls(**known | {"profile": name})
@@ -137,12 +139,18 @@ class Settings(BaseModel, frozen=True, hide_input_in_errors=True, validate_defau
     def is_cloud(self) -> bool:
         return bool(self.cloud_api_url) and (self.api_url or "").startswith(self.cloud_api_url)
 
-    def at_server(self, api_url: str, auth_string: str | None) -> Settings:
+    @property
+    def api_identity(self) -> str:
+        """Name the API, without credentials; an embedded server has another port each time."""
+        return self.embedded_server or USER_INFO.sub("", self.api_url or "")
+
+    def at_server(self, api_url: str, auth_string: str | None, name: str | None = None) -> Settings:
         """Return the same settings for another server, in what is exported too."""
         own = {"PREFECT_API_URL": api_url} | ({"PREFECT_API_AUTH_STRING": auth_string} if auth_string else {})
         credentials = ("PREFECT_API_KEY", "PREFECT_API_AUTH_STRING")
         exported = {name: value for name, value in self.exported.items() if name not in credentials} | own
         changes = {"api_url": api_url, "api_auth_string": auth_string, "api_key": None, "ui_url": None}
+        changes["embedded_server"] = name
         return Settings(**dict(self) | changes | {"exported": exported})
 
     def secrets(self) -> frozenset[str]:

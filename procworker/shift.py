@@ -12,9 +12,9 @@ from anyio.abc import TaskGroup
 from procworker.errors import Unreachable
 from procworker.loops import Loop, Moved
 from procworker.outcome import Reason
-from procworker.run import Run
+from procworker.run import STOP_GRACE_SECONDS, Run
 
-STOP_GRACE_SECONDS, DRAIN_SECONDS, LAST_REPORT_SECONDS = 10.0, 10.0, 10.0
+DRAIN_SECONDS, LAST_REPORT_SECONDS = 10.0, 10.0
 RETRY_SECONDS = 1.0
 
 

@@ -5,27 +5,30 @@ from __future__ import annotations
 import abc
 import builtins
 import logging
-import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
 from datetime import datetime, timedelta, timezone
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 from uuid import UUID, uuid4
 
 import anyio
 from anyio.abc import TaskGroup, TaskStatus
+from pydantic import ValidationError
 
+from procworker.cancels import CancelWatch
 from procworker.configuration import C, R, V
 from procworker.errors import ConfigurationError, ObjectNotFound, Unreachable, single
 from procworker.health import health_server
+from procworker.intake import IDLE_POLL_SECONDS, Intake
 from procworker.logs import RunLogger
-from procworker.loops import Loop, Moved, jittered
-from procworker.outcome import Reason
+from procworker.loops import Loop, Moved
+from procworker.outcome import ExitUnknown, Reason, one_line
 from procworker.pool import check_type, fill_empty_template, read_or_create
+from procworker.record import Journal, NoJournal, Page
 from procworker.registry import WorkerType
-from procworker.run import CANCEL_GRACE_SECONDS, Run, Sources
+from procworker.run import CANCEL_GRACE_SECONDS, Run, Sources, resumed
 from procworker.server import events
 from procworker.server.client import Client
 from procworker.server.models import FlowRun, WorkPool
@@ -39,8 +42,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-IDLE_POLL_SECONDS, BUSY_POLL_SECONDS, BUSY_SECONDS, SHORTEST_POLL_SECONDS = 10.0, 1.0, 30.0, 0.05
-CANCEL_POLL_SECONDS, LAST_WORDS_SECONDS = 5.0, 5.0
+LAST_WORDS_SECONDS = 5.0
 HEALTH_INTERVALS = 30
 """A worker counts as polling while its last poll is at most this many intervals old (as in Prefect)."""
 
@@ -57,6 +59,8 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
     """Job variables that a pool made by Prefect does not know; added to its template when it has none of them."""
     ends_with_run: ClassVar[bool] = False
     """Whether nothing of a flow run is left when `run` returns or raises."""
+    kept_fields: ClassVar[frozenset[str]] = frozenset()
+    """What of a job configuration is written down, for whoever takes the run over; nothing that may hold a secret."""
 
     def __init__(
         self,
@@ -70,10 +74,13 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
         *,
         base_job_template: dict[str, Any] | None = None,
         settings: Settings | None = None,
+        journal: Journal | None = None,
+        orphans: Literal["adopt", "kill"] = "adopt",
     ) -> None:
         """Describe a worker; nothing happens before `start` or `async with`.
 
-        Without a work pool (None) it polls nothing and only runs what `submit` gives it.
+        Without a work pool (None) it polls nothing and only runs what `submit` gives it. `orphans` says what shall
+        become of its runs when it dies hard, as far as its `journal` tells of them.
         """
         if name and ("/" in name or "%" in name):
             raise ConfigurationError(f"the worker name {name!r} must not contain '/' or '%'")
@@ -86,6 +93,8 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
         self.backend_id: UUID | None = None
         self.is_setup = False
         self.runs: dict[UUID, Run] = {}
+        self.unkilled = 0
+        """How many processes could not be ended."""
         self.outcomes: Counter[str] = Counter()
         """How many runs ended in which final state type; UNKNOWN where that could not be found out."""
         self._work_pool_name = work_pool_name
@@ -96,23 +105,21 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
         self._create_pool_if_not_found = create_pool_if_not_found
         self._base_job_template = base_job_template
         self._work_pool: WorkPool | None = None
-        self._limiter: anyio.CapacityLimiter | None = None
         self._logger = logging.getLogger(f"prefect.workers.{self.type}.{self.name.lower()}")
         self._client: Client | None = None
         self._outbox: Outbox | None = None
         self._tasks: TaskGroup | None = None
         self._stack = AsyncExitStack()
         self._last_polled_time = datetime.now(timezone.utc)
-        self._active_at = float("-inf")
-        self._more_due = False
         self._taken: set[UUID] = set()
         self._moved = Moved()
         self._started_event: dict[str, Any] | None = None
-        self._poll_loop = Loop("Polling", self.get_and_submit_flow_runs, self._poll_seconds)
+        self._journal: Journal = journal or NoJournal()
+        self._orphans = orphans
+        self._intake = Intake(self.runs, limit, self._settings.worker_query_seconds)
+        self._poll_loop = Loop("Polling", self.get_and_submit_flow_runs, self._intake.poll_seconds)
         heartbeat = Loop("The heartbeat", self.sync_with_backend, lambda: self.heartbeat_interval_seconds)
-        self._cancel_loop = Loop("Looking for cancelled runs", self.check_for_cancelled_flow_runs, lambda: 0.0)
-        self._watching = False
-        self._refused: dict[UUID, float] = {}
+        self._cancels = CancelWatch(self.check_for_cancelled_flow_runs, self.runs, self._moved)
         self._shift = Shift(self._poll_loop, [heartbeat], self.runs, self._moved)
 
     def __repr__(self) -> str:
@@ -134,7 +141,7 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
 
     @property
     def limiter(self) -> anyio.CapacityLimiter:
-        return _present(self._limiter)
+        return _present(self._intake.limiter)
 
     def get_status(self) -> dict[str, Any]:
         """Return name, work pool and settings as plain data."""
@@ -179,6 +186,25 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
         """
         raise NotImplementedError
 
+    async def _reattach(self, flow_run: FlowRun, configuration: C, task_status: TaskStatus[Any]) -> R:
+        """Do for a run that a dead worker started what `run` does after the start, with what its record tells.
+
+        Raises ExitUnknown when it is over, for a child of somebody else tells nobody how it ended.
+        """
+        raise ExitUnknown(f"Workers of type {self.type!r} cannot go on with a run that another one started.")
+
+    async def _announce_cancel(self, identifier: str) -> None:
+        """Tell what runs there that the end which comes next is a cancel."""
+
+    def _signature(self) -> dict[str, Any]:
+        """What this worker's records have in common."""
+        return {
+            "api": self._settings.api_identity,
+            "pool": self._work_pool_name,
+            "worker": self.name,
+            "orphans": self._orphans,
+        }
+
     def _inherited_environment(self, configuration: C) -> dict[str, str]:
         """What a job's `env` is laid over."""
         return dict(self._settings.exported)
@@ -213,13 +239,13 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
             except Unreachable as error:
                 self._logger.warning("The Prefect API does not answer yet, trying on: %s", error)
             self._outbox = await stack.enter_async_context(Outbox(self._client, self._settings))
-            self._limiter = None if self.limit is None else anyio.CapacityLimiter(self.limit)
+            self._intake.limiter = None if self.limit is None else anyio.CapacityLimiter(self.limit)
             self._tasks = await stack.enter_async_context(anyio.create_task_group())
             self._stack = stack.pop_all()
         self.is_setup = True
 
     def _let_go(self) -> None:
-        self._client = self._outbox = self._tasks = self._limiter = None
+        self._client = self._outbox = self._tasks = self._intake.limiter = None
 
     async def teardown(self, *exc_info: Any) -> None:
         """Wait for what still runs (end it, when an exception is passed) and close everything."""
@@ -253,6 +279,7 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
             await stack.enter_async_context(self)
             self._started_event = self._emit("prefect.worker.started")
             printer(f"Worker {self.name!r} started!")
+            self._resume(self._journal.take_over(str(self._settings.api_identity), self._work_pool_name))
             if run_once:
                 if self._work_pool is None:
                     await self.sync_with_backend()
@@ -269,7 +296,7 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
         self._taken |= {flow_run.id for flow_run in await self.get_and_submit_flow_runs()}
 
     def _took_enough(self) -> bool:
-        return not self._more_due or (self.limit is not None and len(self._taken) >= self.limit)
+        return not self._intake.more_due or (self.limit is not None and len(self._taken) >= self.limit)
 
     # Sync and health
 
@@ -314,44 +341,35 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
 
     # Poll and admit
 
-    def _poll_seconds(self) -> float:
-        if self._settings.worker_query_seconds is not None:
-            return max(self._settings.worker_query_seconds, SHORTEST_POLL_SECONDS)
-        busy = anyio.current_time() - self._active_at < BUSY_SECONDS
-        return BUSY_POLL_SECONDS if busy else IDLE_POLL_SECONDS
-
-    def _room(self) -> int:
-        """How many runs may be taken now: within the limit, and with at most one start per CPU under way."""
-        room = (os.cpu_count() or 1) - sum(run.starting for run in self.runs.values())
-        return room if self.limit is None else min(room, self.limit - len(self.runs))
-
     async def get_and_submit_flow_runs(self) -> list[FlowRun]:
         """Poll once and start as many due flow runs as there is room for; return those that are starting."""
-        client = self.client
+        client, intake = self.client, self._intake
         self._last_polled_time = datetime.now(timezone.utc)
         if self._work_pool_name is None or self._work_pool is None:
             return []  # not synced yet
-        room = self._room()
-        if room > 0:
+        if intake.room():
             horizon = datetime.now(timezone.utc) + timedelta(seconds=int(self._prefetch_seconds))
-            now = anyio.current_time()
-            self._refused = {id: until for id, until in self._refused.items() if until > now}
-            most = len(self.runs) + len(self._refused) + room + 1
             try:
                 rows = await client.get_scheduled_flow_runs_for_work_pool(
-                    self._work_pool_name, sorted(self._work_queues), horizon, most, retries=0
+                    self._work_pool_name, sorted(self._work_queues), horizon, intake.wanted(), retries=0
                 )
             except ObjectNotFound as error:
                 self._logger.warning("Nothing to poll, the pool or a queue does not exist: %s", error)
                 rows = []
-            known = self.runs.keys() | self._refused.keys()
-            due = [row.flow_run for row in rows if row.flow_run.id not in known]
-            room = self._room()  # submissions may have come meanwhile
-            self._more_due = len(due) > room
             sources, answered_at = Sources(), anyio.current_time()
-            for flow_run in due[: max(room, 0)]:
+            for flow_run in intake.choose([row.flow_run for row in rows]):
                 self._admit(Run(self, flow_run, self.get_flow_run_logger(flow_run), sources, answered_at))
         return [run.flow_run for run in self.runs.values() if run.starting]
+
+    def _resume(self, pages: Sequence[Page]) -> None:
+        """Go on with what dead workers left, each run as its own worker wanted it."""
+        for page in pages:
+            try:
+                run = resumed(self, page, self.get_flow_run_logger)
+            except ValidationError as error:
+                self._logger.warning("A record of a dead worker cannot be read and is left alone: %s", one_line(error))
+            else:
+                self._admit(run)
 
     async def submit(
         self, flow: Any, parameters: dict[str, Any] | None = None, job_variables: dict[str, Any] | None = None
@@ -370,57 +388,39 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
         """Run an existing flow run now: one created in PENDING under transition_id, or a scheduled one to claim."""
         if flow_run.id in self.runs:
             raise ConfigurationError(f"flow run {flow_run.name!r} runs on this worker already")
-        run = Run(self, flow_run, self.get_flow_run_logger(flow_run), Sources(), anyio.current_time())
-        if transition_id is not None:
-            run.transition_id, run.claimed = transition_id, True
+        log = self.get_flow_run_logger(flow_run)
+        run = Run(self, flow_run, log, Sources(), anyio.current_time(), transition_id)
         run.future = FlowRunFuture(flow_run)
         self._admit(run)
         return run.future
 
     def _admit(self, run: Run) -> None:
         self.runs[run.id] = run
-        self._active_at = anyio.current_time()
+        self._intake.active_at = anyio.current_time()
         self._in_background(self._walk, run)
-        if not self._watching:
-            self._watching = True
-            self._in_background(self._watch_for_cancels)
+        if not self._cancels.watching:
+            self._cancels.watching = True
+            self._in_background(self._cancels.watch)
 
     async def _walk(self, run: Run) -> None:
         """See one run through, holding its place under the limit."""
-        limiter = self._limiter
         try:
-            if limiter is not None:
-                await limiter.acquire_on_behalf_of(run.id)
-            try:
+            async with self._intake.place(run):
                 await run.walk()
-            finally:
-                if limiter is not None:
-                    limiter.release_on_behalf_of(run.id)
         finally:
             del self.runs[run.id]
-            if run.claimed:
+            if run.claim.held:
                 self.outcomes[run.final_state.type if run.final_state else "UNKNOWN"] += 1
-            elif run.refusal is not None:  # do not ask for it again at once
-                self._refused[run.id] = anyio.current_time() + IDLE_POLL_SECONDS
+            elif run.claim.refusal is not None:  # do not ask for it again at once
+                self._intake.refuse(run.id)
             if run.future is not None:
                 run.future.finish(run.final_state)
-            self._active_at = anyio.current_time()
+            self._intake.active_at = anyio.current_time()
             self._run_moved()
-
-    async def _watch_for_cancels(self) -> None:
-        """Look for cancels while runs are at hand."""
-        try:
-            while self.runs:
-                with anyio.move_on_after(jittered(CANCEL_POLL_SECONDS)):
-                    await self._moved.until(lambda: not self.runs)
-                if self.runs:
-                    await self._cancel_loop.turn()
-        finally:
-            self._watching = False
 
     def _run_moved(self) -> None:
         """A run has started or ended: there may be room for the next."""
-        if self._more_due:
+        if self._intake.more_due:
             self._poll_loop.wake()
         self._moved.notify()
 
@@ -431,7 +431,7 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
 
     async def check_for_cancelled_flow_runs(self) -> None:
         """Ask once about all runs at hand, and end those that somebody wants cancelled."""
-        ids = [run.id for run in self.runs.values() if run.claimed and not run.ending]
+        ids = [run.id for run in self.runs.values() if run.claim.held and not run.ending]
         if ids:
             for flow_run in await self.client.read_flow_runs_by_state(ids, ["CANCELLING", "CANCELLED"], retries=0):
                 self._in_background(self.cancel_run, flow_run)

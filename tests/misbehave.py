@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 FOREVER = 600.0
 SLEEP = [sys.executable, "-S", "-E", "-c", f"import time; time.sleep({FOREVER})"]
+COOKIE, OPTED_OUT = "PROCWORKER_RUN", "of somebody else"
 MODES: dict[str, Callable[..., None]] = {}
 
 
@@ -116,6 +117,13 @@ def sh_wait() -> None:
 
 
 @mode
+def sh_child() -> None:
+    """Name a child without a mark of its own, in a session of its own, and wait."""
+    start(SLEEP, env={}, start_new_session=True)
+    wait()
+
+
+@mode
 def setsid() -> None:
     """A child in a session of its own."""
     start(SLEEP, start_new_session=True)
@@ -143,6 +151,59 @@ def daemon_exit(code: str = "0") -> None:
 def daemon_clean() -> None:
     """A daemon that also cleared its environment, so that no cookie tells where it came from; then wait."""
     _daemonize(env={})
+    ready()
+    wait()
+
+
+@mode
+def leave(mode: str) -> None:
+    """Start another mode and end with 0 as soon as it is ready."""
+    child = start([*SLEEP[:3], __file__, mode], stdout=subprocess.PIPE)
+    assert child.stdout
+    for line in child.stdout:
+        _write(line)
+        if line.startswith(b"READY"):
+            break
+    sys.stdout.flush()
+    os._exit(0)
+
+
+@mode
+def opt_out() -> None:
+    """A child, and its child, that wish to be left alone when this ends; no daemons."""
+    start([*SLEEP[:3], __file__, "sh-child"], env={**os.environ, COOKIE: OPTED_OUT})
+    ready()
+    wait()
+
+
+@mode
+def pool(size: str = "3") -> None:
+    """The workers of a multiprocessing pool, busy."""
+    import multiprocessing
+
+    workers = multiprocessing.get_context("fork").Pool(int(size), initializer=_busy)
+    workers.map_async(time.sleep, [FOREVER] * int(size))
+    ready()
+    wait()
+
+
+@mode
+def zombie_maker(count: str = "20") -> None:
+    """Children that end and are never waited for; then a sleeping one."""
+    for _ in range(int(count)):
+        if os.fork() == 0:
+            os._exit(0)
+    start(SLEEP)
+    ready()
+    wait()
+
+
+@mode
+def change_group() -> None:
+    """A child that leads a process group of its own, and one in its parent's new group."""
+    os.setpgid(0, 0) if os.getpgrp() != os.getpid() else None
+    child = start(SLEEP, preexec_fn=lambda: os.setpgid(0, 0))
+    start(SLEEP, preexec_fn=lambda: os.setpgid(0, child.pid))
     ready()
     wait()
 
@@ -255,6 +316,10 @@ def truncate_output() -> None:
     say("before")
     with open("/dev/stdout", "wb") as stdout:
         stdout.write(b"after\n")
+
+
+def _busy() -> None:
+    say("CHILD", os.getpid())
 
 
 def _daemonize(**how: object) -> None:

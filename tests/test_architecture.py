@@ -37,8 +37,10 @@ LAYERS = [
     {"server", "system"},
     {"configuration"},
     {"outcome", "pool", "registry", "submission"},
+    {"record", "report"},
+    {"claim"},
     {"run"},
-    {"shift"},
+    {"cancels", "intake", "shift"},
     {"worker"},
     {"process", "local"},
     {"cli"},
@@ -46,7 +48,10 @@ LAYERS = [
 ]
 """Each part may import from the lines above its own. Parts on one line do not know each other."""
 
-NO_PROCESSES = {"configuration", "outcome", "pool", "registry", "submission", "run", "shift", "worker"}
+NO_PROCESSES = {
+    *("configuration", "outcome", "pool", "registry", "submission", "record", "report", "claim", "run"),
+    *("cancels", "intake", "shift", "worker"),
+}
 """Parts that could import system/ by their place, but must not know that processes exist."""
 
 SHAPES = "procworker.server.models"

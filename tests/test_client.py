@@ -80,7 +80,7 @@ async def test_a_name_is_one_path_segment_and_no_slash_is_doubled(slash: str) ->
 
     def answer(request: httpx.Request) -> httpx.Response:
         paths.append(request.url.raw_path)
-        return httpx.Response(404)
+        return httpx.Response(404, json={"detail": "Not Found"})
 
     async with Client(settings(f"http://x.test/api{slash}"), httpx.MockTransport(answer)) as client:
         with pytest.raises(ObjectNotFound):
@@ -118,7 +118,7 @@ async def test_cloud_may_refuse_to_tell_the_id() -> None:
         server.fault("POST", "heartbeat", body="<html>", times=2)
         with pytest.raises(Unreachable):
             await client.send_worker_heartbeat("p", "w", 30, get_worker_id=True)
-        server.fault("POST", "heartbeat", status=404)
+        server.fault("POST", "heartbeat", status=404, body="{}")
         with pytest.raises(ObjectNotFound):
             await client.send_worker_heartbeat("p", "w", 30, get_worker_id=True)
 
@@ -299,7 +299,7 @@ async def test_a_missing_variable_is_none(server: FakeServer, client: Client) ->
 
 async def test_the_version_is_told_unless_the_server_has_no_such_route(server: FakeServer, client: Client) -> None:
     assert await client.api_version() == "3.8.8"
-    server.fault("GET", "version", status=404)
+    server.fault("GET", "version", status=404, body="{}")
     assert await client.api_version() is None
 
 

@@ -27,7 +27,6 @@ from procworker import __version__
 from procworker.errors import (
     ApiError,
     ConfigurationError,
-    ObjectNotFound,
     Rejected,
     Unauthorized,
     Unreachable,
@@ -172,7 +171,7 @@ async def test_text_that_is_no_unicode_does_not_stop_the_rest(server: FakeServer
         (400, Rejected, 1),
         (401, Unauthorized, 1),
         (403, Unauthorized, 1),
-        (404, ObjectNotFound, 1),
+        (404, Unreachable, 1),
         (405, Rejected, 1),
         (408, Unreachable, 3),
         (409, Rejected, 1),

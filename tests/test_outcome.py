@@ -9,8 +9,8 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from procworker.configuration import BaseWorkerResult
-from procworker.errors import ConfigurationError, SpawnError
-from procworker.outcome import DeploymentGone, Facts, Reason, decide, latest_attempt, one_line, owns
+from procworker.errors import ConfigurationError
+from procworker.outcome import Facts, Reason, decide, latest_attempt, one_line, owns
 from procworker.server.models import State
 
 OURS = uuid4()
@@ -126,9 +126,7 @@ def test_a_timeout_is_a_crash_named_timed_out_also_over_the_engines_own_crash() 
 
 
 def test_what_could_not_be_started_tells_why() -> None:
-    proposal = decide(
-        Facts(error=SpawnError("The working directory '/x' does not exist.")), history("SCHEDULED", "PENDING")
-    )
+    proposal = decide(Facts(failure="The working directory '/x' does not exist."), history("SCHEDULED", "PENDING"))
 
     assert proposal is not None
     assert proposal.type == "CRASHED"
@@ -136,13 +134,13 @@ def test_what_could_not_be_started_tells_why() -> None:
 
 
 def test_infrastructure_that_was_lost_sight_of_is_left_to_its_engine() -> None:
-    lost = OSError("gone")
-    assert decide(Facts(error=lost, may_live_on=True), history(*RUNNING)) is None
-    assert decide(Facts(error=lost), history(*RUNNING)) is not None
+    lost = "gone"
+    assert decide(Facts(failure=lost, may_live_on=True), history(*RUNNING)) is None
+    assert decide(Facts(failure=lost), history(*RUNNING)) is not None
 
 
 def test_a_run_without_its_deployment_is_cancelled() -> None:
-    proposal = decide(Facts(error=DeploymentGone("No deployment.")), history("SCHEDULED", "PENDING"))
+    proposal = decide(Facts(failure="No deployment.", deployment_gone=True), history("SCHEDULED", "PENDING"))
 
     assert proposal is not None
     assert (proposal.type, proposal.message, proposal.force) == ("CANCELLED", "No deployment.", True)

@@ -438,8 +438,8 @@ async def test_what_cannot_be_killed_is_named_in_the_remarks(bench: Bench, monke
     immortal = Entry(Process(NOBODY, 1.0), 1, 0, False)
 
     class Cursed(Family):
-        def _is_ours(self, pid: int, entry: Entry) -> bool:
-            return entry is immortal or super()._is_ours(pid, entry)
+        def _is_ours(self, pid: int, entry: Entry, *seen: Any) -> bool:
+            return entry is immortal or super()._is_ours(pid, entry, *seen)
 
     monkeypatch.setattr(process, "Family", partial(Cursed, scan=lambda: [*scan(), immortal]))
     monkeypatch.setattr(process, "SETTLE_SECONDS", 0.0)
@@ -552,7 +552,7 @@ async def test_a_cancelled_run_ends_its_whole_tree(bench: Bench, mode: str) -> N
 
     assert bench.directories == []
     assert misbehave.survivors(str(bench.flow_run.id)) == {}
-    assert bench.worker._families == {}
+    assert bench.worker._live == {}
 
 
 async def test_a_run_cancelled_while_it_ends_leftovers_ends_them_at_once(bench: Bench) -> None:

@@ -18,7 +18,21 @@ import psutil
 import pytest
 
 from procworker.system import tree
-from procworker.system.tree import COOKIE, Entry, Family, Process, Scan, describe, identify, is_alive, scan, send
+from procworker.system.tree import (
+    COOKIE,
+    Entry,
+    Family,
+    Process,
+    Scan,
+    age,
+    describe,
+    find_root,
+    identify,
+    is_alive,
+    mark,
+    scan,
+    send,
+)
 
 PYTHON = [sys.executable, "-S", "-E"]
 MISBEHAVE = [*PYTHON, misbehave.__file__]
@@ -230,17 +244,17 @@ def test_what_belongs_to_others_is_not_signalled(start: Start) -> None:
     code = f"""if True:
         import os, sys
         sys.path[:] = {sys.path!r}
-        from procworker.system.tree import Process, carries, identify, send
+        from procworker.system.tree import Process, identify, mark, send
         os.setuid(65534)
         assert not send(identify({one.popen.pid}), 9)
-        assert not carries({one.popen.pid}, {one.cookie!r})
+        assert mark({one.popen.pid}) is None
         print("both")"""
     if os.getuid():
         pytest.skip("needs root")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
     assert done.stdout == "both\n", done.stderr
-    assert tree.carries(one.popen.pid, one.cookie)
+    assert tree.mark(one.popen.pid) == one.cookie
     assert one.alive
 
 
@@ -370,8 +384,9 @@ async def test_who_was_seen_once_is_known_for_good(start: Start) -> None:
     assert one.alive == set()
 
 
-async def test_a_changed_cookie_opts_out(start: Start) -> None:
-    how = f"start_new_session=True, env={{{COOKIE!r}: 'mine'}}"
+@pytest.mark.parametrize("mine", ["", "mine"])
+async def test_a_changed_or_emptied_cookie_opts_out(start: Start, mine: str) -> None:
+    how = f"start_new_session=True, env={{{COOKIE!r}: {mine!r}}}"
     daemon = f"import subprocess; p = subprocess.Popen({misbehave.SLEEP!r}, {how}); print('CHILD', p.pid, flush=True)"
     one = start(["sh", "-c", '"$@"; echo READY; exec sleep 600', "sh", *PYTHON, "-c", daemon], children=1)
     await one.family().end(0.0)
@@ -379,17 +394,58 @@ async def test_a_changed_cookie_opts_out(start: Start) -> None:
     assert one.alive == set(one.children)
 
 
-def test_a_longer_cookie_is_another_cookie(start: Start) -> None:
-    one = start("sleep")
+async def test_who_opted_out_is_left_alone_as_a_child_too_and_so_are_its_children(start: Start) -> None:
+    one = start(["env", "KEEP=1", *MISBEHAVE, "opt-out"], children=2)
+    family = one.family()
+    assert family.members() == {one.root}
+    await family.end(0.0)
 
-    assert tree.carries(one.popen.pid, one.cookie)
-    assert not tree.carries(one.popen.pid, one.cookie[:-1])
-    assert not tree.carries(one.popen.pid, one.cookie + "x")
+    assert one.alive == set(one.children)
+    assert one.family(cookie=misbehave.OPTED_OUT).members() >= set(one.children), "the negative control"
+
+
+async def test_a_root_cannot_opt_out(start: Start) -> None:
+    one = start(["env", f"{COOKIE}=", *MISBEHAVE, "sleep"])
+    await one.family().end(0.0)
+
+    assert one.alive == set()
 
 
 @pytest.mark.usefixtures("platform")
-def test_nobody_carries_a_cookie_where_there_is_nobody() -> None:
-    assert not tree.carries(NOBODY, "cookie")
+def test_a_root_is_found_by_its_cookie(start: Start) -> None:
+    one = start("tree", "2", children=2)
+
+    assert find_root(one.cookie) == one.root
+    assert find_root(uuid4().hex) is None
+
+
+@pytest.mark.usefixtures("platform")
+def test_the_age_of_a_process_is_the_time_since_its_start(start: Start) -> None:
+    one = start("sleep")
+
+    assert 0 <= age(one.root) + 0.02 < 10
+    assert age(tree.identify(os.getpid())) > age(one.root)
+
+
+@pytest.mark.usefixtures("platform")
+def test_a_mark_is_read_as_it_was_at_the_start(start: Start) -> None:
+    one = start("sleep")
+    env = {"A": f"{COOKIE}=no", f"X{COOKIE}": "no", COOKIE: "the one", "Z": "no"}
+    ready = [*PYTHON, "-c", "import os, time; os.environ.clear(); print('READY', flush=True); time.sleep(600)"]
+    emptied, absent, other = (
+        start(["env", "-i", *(f"{k}={v}" for k, v in given.items()), *ready])
+        for given in ({COOKIE: ""}, {f"X{COOKIE}": "no", "A": f"{COOKIE}=no"}, env)
+    )
+
+    assert tree.mark(one.popen.pid) == one.cookie
+    assert tree.mark(emptied.popen.pid) == ""
+    assert tree.mark(absent.popen.pid) is None
+    assert tree.mark(other.popen.pid) == "the one"
+
+
+@pytest.mark.usefixtures("platform")
+def test_there_is_no_mark_where_there_is_nobody() -> None:
+    assert tree.mark(NOBODY) is None
 
 
 # Sessions whose number got a new owner (scripted: Linux would need a full turn of its pids for each)
@@ -432,7 +488,7 @@ def test_children_of_a_stranger_with_a_known_pid_are_not_ours() -> None:
 def test_members_are_found_at_any_depth(start: Start) -> None:
     one = start("tree", "4", children=4)
 
-    assert one.family(scan=without_sessions, cookie="another").members() == one.everything
+    assert one.family(scan=without_sessions).members() == one.everything
 
 
 def test_a_process_that_vanishes_during_a_scan_is_passed_over(start: Start) -> None:
@@ -629,11 +685,13 @@ async def test_a_cancelled_end_can_be_called_again(start: Start) -> None:
 async def test_what_cannot_be_killed_is_named(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tree, "KILL_SECONDS", 0.2)
     one = start("sleep")
-    family = one.family(scan=lambda: [*scan(), MEMBER._replace(session=one.popen.pid)])
+    immortal = Entry(Process(NOBODY, float("inf")), 1, one.popen.pid, False)
+    family = one.family(scan=lambda: [*scan(), immortal])
     with anyio.fail_after(10):
         await family.end(0.0)
 
-    assert family.survivors == {MEMBER.process}
+    assert family.survivors == {immortal.process}
+    assert not family.given_up.is_set()
     assert one.popen.wait(10) in (-signal.SIGTERM, -signal.SIGKILL)
 
 
@@ -663,7 +721,8 @@ async def test_what_forks_is_stopped_before_it_is_killed(start: Start) -> None:
 
 
 async def test_who_is_born_during_the_killing_counts_as_ended(start: Start) -> None:
-    one, other, turns = start("ignore-term"), start("sleep"), itertools.count()
+    one, turns = start("ignore-term"), itertools.count()
+    other = start(["env", "-u", COOKIE, *MISBEHAVE, "sleep"])
     late = Entry(other.root, 1, one.popen.pid, False)
     family = one.family(scan=lambda: [*scan(), *([late] if next(turns) and is_alive(other.root) else [])])
     await family.end(0.0)
@@ -674,7 +733,7 @@ async def test_who_is_born_during_the_killing_counts_as_ended(start: Start) -> N
 
 async def test_a_survivor_that_has_gone_is_forgotten(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tree, "KILL_SECONDS", 0.0)
-    one, stubborn = start("sleep"), [MEMBER]
+    one, stubborn = start("sleep"), [Entry(Process(NOBODY, float("inf")), 1, 0, False)]
     family = one.family(scan=lambda: [*scan(), *(e._replace(session=one.popen.pid) for e in stubborn)])
     await family.end(0.0)
     assert family.survivors
@@ -698,18 +757,62 @@ async def test_waiting_costs_no_scans(start: Start) -> None:
     assert next(counter) <= 6
 
 
-async def test_each_scan_looks_at_each_process_once() -> None:
-    looks: list[int] = []
+async def test_only_who_is_younger_than_the_run_is_asked_for_a_mark_and_only_once(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(tree, "mark", lambda pid: asked.append(pid) or mark(pid))
+    one = start("tree", "2", children=2)
+    one.family().members()
 
-    class Counted(Family):
-        def _is_ours(self, pid: int, entry: Entry) -> bool:
-            looks.append(pid)
-            return super()._is_ours(pid, entry)
+    assert set(asked) >= {child.pid for child in one.children}
+    assert len(asked) == len(set(asked))
+    assert not {os.getpid(), os.getppid(), 1} & set(asked)
 
-    entries = list(scan())
-    Counted(ROOT, "cookie", scan=lambda: entries).members()
 
-    assert sorted(looks) == sorted(entry.process.pid for entry in entries)
+async def test_families_that_end_together_share_their_scans(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    scans = itertools.count()
+
+    def counted() -> Iterable[Entry]:
+        next(scans)
+        return scan()
+
+    monkeypatch.setattr(tree, "_lookout", tree.Lookout(counted))
+    some = [start("exit") for _ in range(5)]
+    for one in some:
+        one.popen.wait(10)
+    async with anyio.create_task_group() as tasks:
+        for one in some:
+            tasks.start_soon(Family(one.root, one.cookie).end, 0.0)
+
+    assert next(scans) == 2
+
+
+async def test_a_shared_scan_never_began_before_it_was_asked_for() -> None:
+    scans = itertools.count()
+    lookout = tree.Lookout(lambda: [Entry(Process(next(scans), 1.0), 1, 1, False)])
+
+    async def look() -> int:
+        return next(iter((await lookout.look()).entries))
+
+    assert [await look(), await look()] == [0, 1]
+
+
+async def test_who_asks_and_is_cancelled_takes_nothing_from_the_others() -> None:
+    lookout = tree.Lookout(scan)
+    seen = []
+
+    async def look() -> None:
+        seen.append(await lookout.look())
+
+    async with anyio.create_task_group() as tasks:
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            await lookout.look()
+        tasks.start_soon(look)
+        tasks.start_soon(look)
+    assert len(seen) == 2
+    assert seen[0] is seen[1]
 
 
 async def test_two_families_beside_each_other_do_not_touch(start: Start) -> None:

@@ -365,9 +365,9 @@ async def test_still_polling_means_within_thirty_intervals(server: FakeServer) -
 async def test_polling_quickens_after_activity(server: FakeServer) -> None:
     settings = Settings.load({"PREFECT_API_URL": server.url})
     async with ScriptWorker("pool", settings=settings) as worker:
-        assert worker._poll_seconds() == 10
-        worker._active_at = anyio.current_time()
-        assert worker._poll_seconds() == 1
+        assert worker._intake.poll_seconds() == 10
+        worker._intake.active_at = anyio.current_time()
+        assert worker._intake.poll_seconds() == 1
 
 
 def test_outside_its_context_a_worker_says_so(server_less: Callable[..., ScriptWorker]) -> None:

@@ -24,6 +24,6 @@ def receipt(run: Run, wall: float, cpu: float) -> str:
     parts = [f"{wall:.1f} s", f"{cpu:.1f} s CPU"]
     if run.result is not None:
         parts.append(f"exit {run.result.status_code}")
-    why = run.refusal if state is None else state.message if state.type != "COMPLETED" else None
+    why = run.claim.refusal if state is None else state.message if state.type != "COMPLETED" else None
     message = f"\n{why}" if why else ""
     return f"{name}: flow run {run.flow_run.name!r} ({', '.join(parts)}){message}"

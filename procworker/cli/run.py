@@ -66,11 +66,13 @@ async def _run(settings: Settings, arguments: argparse.Namespace) -> int:
 
     import anyio
 
-    from procworker.cli.common import embedded, signals_counted, wait_for_server
+    from procworker.cli.common import embedded, say, signals_counted, wait_for_server
+    from procworker.cli.errors import FAILED, UNKILLED
     from procworker.cli.receipt import children_cpu_seconds, receipt
     from procworker.process import ProcessWorker
     from procworker.submission import entrypoint_of
     from procworker.system.interpreter import find_interpreter
+    from procworker.system.subreaper import subreaper
 
     parameters = parse_parameters(arguments.param)
     kind = kind_of(arguments.target)
@@ -91,19 +93,23 @@ async def _run(settings: Settings, arguments: argparse.Namespace) -> int:
     received: list[int] = []
     with anyio.CancelScope() as preparing:
         async with signals_counted(interrupt) as received, AsyncExitStack() as stack:
+            await stack.enter_async_context(subreaper())
             if settings.api_url:
                 await wait_for_server(settings, arguments.startup_timeout)
             else:
                 settings = await stack.enter_async_context(embedded(settings, arguments.python, keep))
             template = await _template(settings, kind, arguments.target)
-            worker = ProcessWorker(None, python=arguments.python, settings=settings, base_job_template=template)
+            options = {"python": arguments.python, "settings": settings, "base_job_template": template}
+            worker = ProcessWorker(None, **options, orphans="kill")
             await stack.enter_async_context(worker)
             began, cpu = time.monotonic(), children_cpu_seconds()
             future = await _submit(worker, kind, arguments.target, parameters)
             run = worker.runs[future.flow_run_id]
             await future.wait_async()
-            print(receipt(run, time.monotonic() - began, children_cpu_seconds() - cpu), flush=True)
-            code = 0 if run.final_state is not None and run.final_state.type == "COMPLETED" else 1
+            say(receipt(run, time.monotonic() - began, children_cpu_seconds() - cpu))
+            code = 0 if run.final_state is not None and run.final_state.type == "COMPLETED" else FAILED
+    if worker is not None and worker.unkilled:
+        return UNKILLED
     return 128 + received[0] if received else code
 
 

@@ -8,7 +8,6 @@ Examples:
 from __future__ import annotations
 
 import argparse
-from contextlib import suppress
 
 TYPE_CHECKING = False  # see procworker/__init__.py
 if TYPE_CHECKING:
@@ -58,6 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="create the pool when it does not exist (default: yes)",
     )
     add("--python", metavar="PATH", help="Python that runs the flows: a path, a venv or tox env directory")
+    add(
+        "--orphans",
+        choices=["adopt", "kill"],
+        help="what becomes of running flows if the worker is killed hard: the next start goes on with them (adopt), or"
+        " a helper ends and reports them at once (kill; default with --run-once, in CI and inside a flow run)",
+    )
     add("--local", action="store_true", help="work on the embedded Prefect server")
     add(
         "--startup-timeout",
@@ -87,7 +92,9 @@ async def _start(settings: Settings, arguments: argparse.Namespace) -> int:
 
     import anyio
 
-    from procworker.cli.common import embedded, signals_counted, wait_for_server
+    from procworker.cli.common import embedded, say, signals_counted, wait_for_server
+    from procworker.cli.errors import FAILED, UNKILLED
+    from procworker.system.subreaper import subreaper
 
     worker: Any = None
 
@@ -100,16 +107,19 @@ async def _start(settings: Settings, arguments: argparse.Namespace) -> int:
     with anyio.CancelScope() as starting:
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(signals_counted(interrupt))
+            await stack.enter_async_context(subreaper())
             if arguments.local:
                 settings = await stack.enter_async_context(embedded(settings, arguments.python, keep=True))
             if arguments.run_once and settings.api_url:
                 await wait_for_server(settings, arguments.startup_timeout)
             worker = await _build(settings, arguments)
-            await worker.start(arguments.run_once, arguments.with_healthcheck, printer=_say)
+            await worker.start(arguments.run_once, arguments.with_healthcheck, printer=say)
     if starting.cancelled_caught:
         return 0
+    if worker.unkilled:
+        return UNKILLED
     failed = worker.outcomes.total() - worker.outcomes["COMPLETED"]
-    return 1 if arguments.run_once and failed else 0
+    return FAILED if arguments.run_once and failed else 0
 
 
 async def _build(settings: Settings, arguments: argparse.Namespace) -> Any:
@@ -119,10 +129,14 @@ async def _build(settings: Settings, arguments: argparse.Namespace) -> Any:
     from procworker.errors import ConfigurationError
     from procworker.process import ProcessWorker
     from procworker.system.interpreter import find_interpreter
+    from procworker.system.tree import COOKIE
 
     template = _read_template(arguments.base_job_template) if arguments.base_job_template else None
     cls = worker_class(await _discover_type(settings, arguments))
     own: dict[str, Any] = {}
+    if issubclass(cls, ProcessWorker):
+        at_once = arguments.run_once or os.environ.get("CI") or os.environ.get(COOKIE)
+        own["orphans"] = arguments.orphans or ("kill" if at_once else "adopt")
     if arguments.python:
         if not issubclass(cls, ProcessWorker):
             raise ConfigurationError(f"workers of type {cls.type!r} start no Python: leave out --python")
@@ -142,6 +156,7 @@ async def _build(settings: Settings, arguments: argparse.Namespace) -> Any:
 
 async def _discover_type(settings: Settings, arguments: argparse.Namespace) -> str:
     """Take the type asked for, else the pool's; warn where the pool or its queues are paused."""
+    from procworker.cli.common import say
     from procworker.errors import ConfigurationError, ObjectNotFound, Unreachable
     from procworker.server.client import Client
 
@@ -164,16 +179,16 @@ async def _discover_type(settings: Settings, arguments: argparse.Namespace) -> s
         except Unreachable:
             return arguments.type or "process"  # the worker waits for the server
     if pool.is_paused:
-        _say(f"Work pool {pool.name!r} is paused: nothing runs before it is resumed.")
+        say(f"Work pool {pool.name!r} is paused: nothing runs before it is resumed.")
     elif queues and all(queue.is_paused for queue in queues):
         which = "given work queues" if arguments.work_queue else "work queues"
-        _say(f"All {which} of {pool.name!r} are paused: nothing runs before one is resumed.")
+        say(f"All {which} of {pool.name!r} are paused: nothing runs before one is resumed.")
     if pool.type.endswith((":push", ":managed")) or pool.type == "prefect-agent":
         raise ConfigurationError(
             f"work pool {pool.name!r} is of type {pool.type!r}, which no worker serves: choose another --pool"
         )
     if not arguments.type:
-        _say(f"Discovered type {pool.type!r} for work pool {pool.name!r}.")
+        say(f"Discovered type {pool.type!r} for work pool {pool.name!r}.")
     return arguments.type or pool.type
 
 
@@ -195,8 +210,3 @@ def _read_template(path: str) -> dict[str, Any]:
             " `procworker template` prints one"
         )
     return template
-
-
-def _say(line: str) -> None:
-    with suppress(OSError, ValueError):  # nobody listens any more: the work goes on
-        print(line, flush=True)

@@ -22,6 +22,8 @@ from typing import Any
 
 import psutil
 
+from procworker.system.journal import here
+
 try:
     import fcntl
 except ImportError:  # Windows: local_server refuses before anything here is called
@@ -55,14 +57,6 @@ def lock(descriptor: int, exclusive: bool) -> bool:
 def private_file(path: Path, flags: int = 0) -> int:
     """Open a file to read and append to that is the owner's alone."""
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | flags, 0o600)
-
-
-def here() -> str:
-    """Name this boot and pid namespace: elsewhere our pids mean nothing."""
-    with suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
-    return socket.gethostname()
 
 
 def identity(pid: int) -> list[Any] | None:

@@ -24,6 +24,7 @@ from anyio import CancelScope, current_time, fail_after, move_on_after, sleep, t
 
 from procworker.errors import ConfigurationError
 from procworker.local import keeper
+from procworker.system.tree import COOKIE
 
 LEAVE_SECONDS = 15.0
 PAUSE_SECONDS = 0.05
@@ -188,6 +189,7 @@ def server_env(environ: Mapping[str, str], directory: Path) -> dict[str, str]:
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": "http://127.0.0.1",  # no web page has business here
         "PREFECT__SERVER_FINAL": "1",
+        COOKIE: "",  # no part of the flow run that may have started us
     }
     if tuple(map(int, re.findall(r"\d+", directory.name)[:3])) >= (3, 1, 10):
         private["PREFECT_SERVER_API_AUTH_STRING"] = f"procworker:{secrets.token_urlsafe(24)}"

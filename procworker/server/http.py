@@ -112,6 +112,7 @@ class Http:
                     used += max(1, allowed) if failure.once else 1
                 late = deadline is not None and anyio.current_time() + pause > deadline
                 if late or used > allowed:
+                    failure.error.retry_after = None if failure.retry_after is None else pause
                     raise failure.error from failure.__cause__
                 level = logging.WARNING if failure.in_maintenance else logging.DEBUG
                 logger.log(level, "%s; trying again in %.0f s", failure.error, pause)
@@ -201,8 +202,8 @@ class Http:
 
 
 def _kind(answer: Answer) -> type[ApiError]:
-    if answer.status == 404:
-        return ObjectNotFound
+    if answer.status == 404:  # Prefect says so in JSON; anything else speaks for a proxy, which knows nothing of runs
+        return ObjectNotFound if answer.body.lstrip().startswith(b"{") else Unreachable
     if answer.status in (401, 403):
         return Unreachable if answer.refuses_csrf_token() else Unauthorized
     return Rejected if 400 <= answer.status < 500 and answer.status not in PASSING_CODES else Unreachable

@@ -8,31 +8,53 @@ import shlex
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import anyio
+import psutil
 from anyio.abc import Process as Spawned
 
 from procworker.errors import ConfigurationError, SpawnError
-from procworker.system.tree import Process, identify
+from procworker.system.journal import try_lock
+from procworker.system.subreaper import adoption
+from procworker.system.tree import Process, identify, is_alive
+
+ADOPTED_POLL_SECONDS = 0.25
 
 
 @dataclass(frozen=True)
 class Child:
-    """A process that this worker started."""
+    """The first process of a run: one that this worker started, or one that it adopted."""
 
     identity: Process
-    _spawned: Spawned
+    _spawned: Spawned | None = None
 
     @property
     def pid(self) -> int:
         return self.identity.pid
 
-    async def wait(self) -> int:
-        """Wait for the exit and return its code; minus the signal's number when a signal ended it."""
-        return await self._spawned.wait()
+    async def wait(self) -> int | None:
+        """Wait for the exit and return its code; minus the signal's number when a signal ended it.
+
+        An adopted process tells nobody its code: None.
+        """
+        if self._spawned is not None:
+            code = await self._spawned.wait()
+            adoption.disown(self.pid)
+            return code
+        while is_alive(self.identity):  # noqa: ASYNC110 - the kernel tells only parents
+            await anyio.sleep(ADOPTED_POLL_SECONDS)
+        return None
+
+    def environment(self) -> dict[str, str]:
+        """Return the environment it was started with, as far as it can be read."""
+        with suppress(psutil.Error, OSError):
+            if is_alive(self.identity):
+                return psutil.Process(self.pid).environ()
+        return {}
 
 
 def parse_command(command: str) -> list[str]:
@@ -73,8 +95,11 @@ async def spawn(argv: Sequence[str], *, cwd: Path, env: Mapping[str, str], stdou
     out = err = -1
     try:
         out, err = _open_private(stdout), _open_private(stderr)
+        # The locks belong to what the child inherits: as long as it lives, other containers see that it does.
+        try_lock(out)
+        try_lock(err)
         # A cancelled open_process cleans up after itself, but the lines after it must not be cut off.
-        with anyio.CancelScope(shield=True):
+        with anyio.CancelScope(shield=True), adoption.spawning() as own:
             spawned = await anyio.open_process(
                 list(argv),
                 stdin=subprocess.DEVNULL,
@@ -85,6 +110,7 @@ async def spawn(argv: Sequence[str], *, cwd: Path, env: Mapping[str, str], stdou
                 start_new_session=os.name == "posix",
                 **flags,
             )
+            own.add(spawned.pid)
     except (OSError, ValueError) as error:
         raise SpawnError(_explain(error, argv, env)) from error
     finally:

@@ -1,7 +1,9 @@
 """Find and end every process that a run started.
 
-A process belongs to a run when it sits in the run's session, descends from one of its processes, or carries the
-run's cookie in its environment. It is named by (pid, start time), so a reused pid is never taken for it.
+A process belongs to a run when it sits in the run's session, descends from one of its processes, carries the run's
+cookie in its environment, or is an orphan that no run which goes on can have left to us. One that was started with
+another cookie, or an emptied one, has opted out. Each is named by (pid, start time), so that a reused pid is never
+taken for it.
 """
 
 from __future__ import annotations
@@ -9,18 +11,25 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import NamedTuple
+from weakref import WeakSet
 
 import anyio
+import anyio.lowlevel
 import psutil
+
+from procworker.system.subreaper import adoption
 
 COOKIE = "PROCWORKER_RUN"
 """Name of the environment variable that marks everything a run started."""
 
 KILL_SECONDS = 5.0
-_DEAD = {"Z", "X"}
+_DEAD = {b"Z", b"X"}
+_MARK = f"\0{COOKIE}=".encode()
+_PIECE = 16 * 1024
 _STOP = getattr(signal, "SIGSTOP", None)
 _CONT = getattr(signal, "SIGCONT", None)
 _KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
@@ -49,6 +58,11 @@ def identify(pid: int, *, dead: bool = False) -> Process | None:
     """Name the living process that has this pid now, or None; with `dead`, a zombie too."""
     entry = _entry(pid)
     return None if entry is None or (entry.dead and not dead) else entry.process
+
+
+def is_touchable(process: Process) -> bool:
+    """Is it neither init, nor ourselves, nor one of our ancestors?"""
+    return process.pid not in _untouchable()
 
 
 def is_alive(process: Process) -> bool:
@@ -80,16 +94,30 @@ def send(process: Process, signum: int) -> bool:
     return True
 
 
-def _linux_entry(pid: int) -> Entry | None:
+def _read(path: str) -> bytes | None:
+    """Read a file below /proc: thousands of them at a time, hence by hand."""
     try:
-        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
-            stat = file.read(1024)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
+        return None
+    try:
+        data = piece = os.read(descriptor, _PIECE)
+        while len(piece) == _PIECE:
+            data += (piece := os.read(descriptor, _PIECE))
+        return data
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+
+
+def _linux_entry(pid: int) -> Entry | None:
+    if (stat := _read(f"/proc/{pid}/stat")) is None:
         return None
     # The command may hold blanks and brackets: the fields start after the last bracket.
     state, parent, _, session, *rest = stat[stat.rfind(b")") + 2 :].split()
     # A process whose first thread has ended looks like a zombie while its other threads run on.
-    dead = state.decode() in _DEAD and int(rest[13]) <= 1
+    dead = state in _DEAD and int(rest[13]) <= 1
     return Entry(Process(pid, float(rest[15])), int(parent), int(session), dead)
 
 
@@ -114,61 +142,143 @@ def scan() -> Iterator[Entry]:
     return (entry for pid in pids if (entry := _entry(pid)) is not None)
 
 
-def carries(pid: int, cookie: str) -> bool:
-    """Was this process started with the run's cookie in its environment?"""
-    wanted = f"{COOKIE}={cookie}"
-    if LINUX:
+def mark(pid: int) -> str | None:
+    """Return the cookie that this process was started with: "" when it was emptied, None when there is none to see."""
+    if not LINUX:
         try:
-            with open(f"/proc/{pid}/environ", "rb", buffering=0) as file:
-                return wanted.encode() in file.read().split(b"\0")
-        except OSError:
-            return False
-    try:
-        return psutil.Process(pid).environ().get(COOKIE) == cookie
-    except (psutil.Error, OSError):
-        return False
+            return psutil.Process(pid).environ().get(COOKIE)
+        except (psutil.Error, OSError):
+            return None
+    environ = b"\0" + (_read(f"/proc/{pid}/environ") or b"")
+    start = environ.find(_MARK)
+    if start < 0:
+        return None
+    return environ[start + len(_MARK) :].partition(b"\0")[0].decode("utf-8", "replace")
+
+
+def find_root(cookie: str) -> Process | None:
+    """Return the eldest living process that was started with this cookie."""
+    return min(
+        (entry.process for entry in scan() if not entry.dead and mark(entry.process.pid) == cookie),
+        key=lambda process: process.start,
+        default=None,
+    )
+
+
+def age(process: Process) -> float:
+    """How many seconds ago the process was started, those that the system slept included."""
+    if LINUX:
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - process.start / os.sysconf("SC_CLK_TCK")
+    return time.time() - process.start
+
+
+class Snapshot:
+    """All processes at one moment; what more must be known of one is read once."""
+
+    def __init__(self, entries: Iterable[Entry]) -> None:
+        self.entries = {entry.process.pid: entry for entry in entries}
+        self.children: dict[int, list[int]] = {}
+        for pid, entry in self.entries.items():
+            self.children.setdefault(entry.parent, []).append(pid)
+        self._marks: dict[int, str | None] = {}
+
+    def mark(self, pid: int) -> str | None:
+        if pid not in self._marks:
+            self._marks[pid] = None if self.entries[pid].dead else mark(pid)
+        return self._marks[pid]
+
+
+class Lookout:
+    """One scan for all who ask at the same time; it never starts before they asked."""
+
+    def __init__(self, scan: Scan) -> None:
+        self._scan = scan
+        self._turn: list[Snapshot] = []
+
+    def look_now(self) -> Snapshot:
+        return Snapshot(self._scan())
+
+    async def look(self) -> Snapshot:
+        turn = self._turn
+        await anyio.lowlevel.checkpoint()
+        if not turn:
+            self._turn = []
+            turn.append(self.look_now())
+        return turn[0]
+
+
+_lookout = Lookout(scan)
+_families: WeakSet[Family] = WeakSet()
+"""Those that run."""
+_spared: set[Process] = set()
+"""Orphans that a run was allowed to leave."""
 
 
 class Family:
     """Everything one run started, and the one way to end it."""
 
-    def __init__(self, root: Process, cookie: str, *, scan: Scan = scan) -> None:
+    def __init__(self, root: Process, cookie: str, *, scan: Scan | None = None) -> None:
         self.root = root
         self.cookie = cookie
-        self._scan = scan
-        self._known = {root}
-        self._session_open = True
-        self._lock = anyio.Lock()
         self.ended: set[Process] = set()
         self.survivors: set[Process] = set()
+        self.given_up = anyio.Event()
+        """Set when the root itself cannot be killed."""
+        self._lookout = Lookout(scan) if scan else _lookout
+        self._known = {root}
+        self._session_open = True
+        self._is_ending = False
+        self._lock = anyio.Lock()
         self._deadline = float("inf")
+        _families.add(self)
+
+    def close(self) -> None:
+        """The run is over: what comes up now is not its work, and what may stay of it is spared for good."""
+        if adoption.may_kill and not self._is_ending:
+            self._is_ending = True
+            _spared.update(self.members())
+        _families.discard(self)
 
     def members(self) -> set[Process]:
         """Scan once and return the living members."""
-        entries = {entry.process.pid: entry for entry in self._scan()}
+        return self._pick(self._lookout.look_now())
+
+    def _pick(self, seen: Snapshot) -> set[Process]:
+        entries = seen.entries
         leader = entries.get(self.root.pid)
         # The kernel keeps a session's number while it has members. A stranger can hold it only after the last of
         # ours has gone: so once it was seen empty, or led by somebody else, it says nothing about us any more.
         self._session_open &= leader is None or leader.process == self.root
-        ours = {pid for pid, entry in entries.items() if self._is_ours(pid, entry)}
+        untouchable = _untouchable()  # whoever descends from them need not descend from us
+        ours = {pid for pid, entry in entries.items() if self._is_ours(pid, entry, seen)} - untouchable
         self._session_open &= any(entries[pid].session == self.root.pid for pid in ours)
-        children: dict[int, list[int]] = {}
-        for pid, entry in entries.items():
-            children.setdefault(entry.parent, []).append(pid)
         queue = list(ours)
         while queue:
-            born = [pid for pid in children.get(queue.pop(), ()) if pid not in ours]
-            ours.update(born)
+            children = set(seen.children.get(queue.pop(), ())) - ours - untouchable
+            born = {pid for pid in children if seen.mark(pid) is None}
+            ours |= born
             queue.extend(born)
-        living = {entries[pid].process for pid in ours - _untouchable() if not entries[pid].dead}
+        living = {entries[pid].process for pid in ours if not entries[pid].dead}
         self._known |= living
         return living
 
-    def _is_ours(self, pid: int, entry: Entry) -> bool:
+    def _is_ours(self, pid: int, entry: Entry, seen: Snapshot) -> bool:
+        if entry.process == self.root:
+            return True
+        if LINUX and entry.process.start < self.root.start:  # older than the run; most of a host is
+            return False
+        if (cookie := seen.mark(pid)) is not None:
+            return cookie == self.cookie  # another one, or an emptied one, is the wish to be left alone
+        in_session = self._session_open and entry.session == self.root.pid
+        return entry.process in self._known or in_session or self._is_orphan(pid, entry)
+
+    def _is_orphan(self, pid: int, entry: Entry) -> bool:
+        """Was it given to us, and can no run that goes on have started it?"""
         return (
-            entry.process in self._known
-            or (self._session_open and entry.session == self.root.pid)
-            or (not entry.dead and carries(pid, self.cookie))
+            adoption.may_kill
+            and entry.process not in _spared
+            and adoption.holds(pid, entry.parent, entry.session)
+            and all(other._is_ending or other.root.start > entry.process.start for other in _families)
         )
 
     async def end(self, grace: float, settle: float = 0.0, *, hurry: bool = True) -> None:
@@ -177,38 +287,48 @@ class Family:
         `settle` is how long members may take to leave by themselves before anything is sent. While another call is
         under way, this one shortens its grace (or, without `hurry`, waits for it) and then ends what is left.
         """
+        self._is_ending = True
         if hurry:
             self._deadline = min(self._deadline, anyio.current_time() + settle + grace)
         async with self._lock:
             start = anyio.current_time()
             self._deadline = min(self._deadline, start + settle + grace)
-            if not await self._gone(start + settle):
-                living = self.members()
+            gone = await self._gone(start + settle)
+            if not gone:
+                living = await self._look()
                 self.ended |= living
                 for process in living:
                     send(process, signal.SIGTERM)
                     if _CONT:
                         send(process, _CONT)
-                await self._gone(self._deadline)
-            self.survivors = await self._kill()
+                gone = await self._gone(self._deadline)
+            self.survivors = await self._kill(gone)
             self._deadline = float("inf")
+            if self.root in self.survivors:
+                self.given_up.set()
+
+    async def _look(self) -> set[Process]:
+        return self._pick(await self._lookout.look())
 
     async def _gone(self, deadline: float) -> bool:
         """Wait for the set to become empty; a full scan only when all known members have gone."""
         pause = 0.01
         while True:
-            if not any(is_alive(process) for process in self._known) and not self.members():
+            if not any(is_alive(process) for process in self._known) and not await self._look():
                 return True
             if anyio.current_time() >= min(deadline, self._deadline):
                 return False
             await anyio.sleep(min(pause, max(0.001, deadline - anyio.current_time())))
             pause = min(pause * 1.5, 0.1)
 
-    async def _kill(self) -> set[Process]:
-        """Freeze, kill and look again until two scans in a row are empty; return what survived KILL_SECONDS."""
-        give_up, empty = anyio.current_time() + KILL_SECONDS, 0
+    async def _kill(self, gone: bool) -> set[Process]:
+        """Freeze, kill and look again until two scans in a row are empty; return what survived KILL_SECONDS.
+
+        With `gone`, one scan was empty already. A single one may miss who is born while it goes on.
+        """
+        give_up, empty = anyio.current_time() + KILL_SECONDS, int(gone)
         while empty < 2:
-            living = self.members()
+            living = await self._look()
             if not living:
                 empty += 1
                 continue
@@ -218,7 +338,7 @@ class Family:
             if _STOP:  # what is stopped cannot fork while the others are killed
                 for process in living:
                     send(process, _STOP)
-                living |= self.members()
+                living |= await self._look()
             for process in living:
                 send(process, _KILL)
             self.ended |= living

@@ -1,0 +1,307 @@
+"""What runs on this host, on disk: one private directory per flow run, with its record and its output.
+
+    HOME/runs/<flow run id>.<nonce>/   run.json, stdout, stderr
+    HOME/workers/<id>                  locked by the worker as long as it lives
+
+A record names the worker that owns it. Who can lock a dead worker's file may take its records over, by writing its own
+id into them. Whether a process is the one of a record is never a question of its pid alone, since containers may share
+a home: a record says in which boot of which host and in which pid namespace its pids mean something.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import psutil
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is taken over there
+    fcntl = None  # type: ignore[assignment]
+
+JSON = dict[str, Any]
+
+VERSION = 1
+NEW = ".new-"
+"""Begins the name of a directory that has no record yet."""
+STALE_SECONDS = 3600.0
+LARGEST = 1024 * 1024
+
+logger = logging.getLogger(__name__)
+
+
+@cache
+def here() -> JSON:
+    """Name this host, its boot and our pid namespace: elsewhere our pids mean nothing."""
+    try:
+        host = Path("/etc/machine-id").read_text().strip()  # a laptop's host name follows its network
+    except OSError:
+        host = ""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        namespace = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        boot, namespace = str(int(psutil.boot_time())), 0
+    return {"host": host or socket.gethostname(), "boot": boot, "namespace": namespace}
+
+
+def try_lock(descriptor: int) -> bool:
+    """Lock an open file for ourselves, if that is possible at once."""
+    if fcntl is None:
+        return False
+    with suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
+
+
+class Page:
+    """The directory of one run."""
+
+    def __init__(self, path: Path, data: JSON, closed: Callable[[Page], None]) -> None:
+        self.path = path
+        self.data = data
+        self.stdout = path / "stdout"
+        self.stderr = path / "stderr"
+        self.kept = True
+        """Will it be found when we are dead?"""
+        self._closed = closed
+
+    @property
+    def name(self) -> str:
+        """The name of the directory, which is the cookie of the run's processes, too."""
+        return self.path.name
+
+    @property
+    def is_of_this_boot(self) -> bool:
+        """Do the pids in the record mean something here and now?"""
+        return bool(self.data.get("place") == here())
+
+    def write(self, **changes: Any) -> None:
+        """Change fields of the record; where that is impossible it is at least known to us."""
+        self.data |= changes
+        try:
+            _write(self.path, self.data)
+        except OSError as error:
+            if self.kept:
+                text = "%s cannot be written: this run is not safe from our death (%s)"
+                logger.warning(text, self.path / "run.json", error.strerror or error)
+            self.kept = False
+
+    def remove(self) -> None:
+        """The run is over and reported."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._closed(self)
+
+
+class Journal:
+    """The pages of one worker. Nothing is made on disk before the first of them."""
+
+    def __init__(self, home: Path) -> None:
+        self._home = home
+        self._pages: dict[str, Page] = {}
+        self._lock = -1
+        self._complained: set[str] = set()
+        self.owner = uuid4().hex
+
+    def page(self, flow_run_id: UUID, **facts: Any) -> Page:
+        """Return the run's page; a new one, if need be, with these facts: below home, or in the temporary directory.
+
+        Raises OSError when neither can be written.
+        """
+        if page := self._pages.get(str(flow_run_id)):
+            return page
+        own = {"version": VERSION, "owner": self.owner, "place": here(), "flow_run_id": str(flow_run_id)}
+        name, data, kept = f"{flow_run_id}.{uuid4().hex}", {**facts, **own}, True
+        try:
+            self._hold()
+            path = self._home / "runs" / name
+            new = path.with_name(NEW + name)
+            new.mkdir(mode=0o700, parents=True)
+            _write(new, data)
+            new.rename(path)
+        except OSError as error:
+            self._complain("home", "%s cannot be written, runs are not safe from our death: %s", self._home, error)
+            path, kept = Path(tempfile.mkdtemp(prefix="procworker-run-")) / name, False
+            path.mkdir(mode=0o700)
+        page = self._pages[str(flow_run_id)] = Page(path, data, self._forget)
+        page.kept = kept
+        return page
+
+    def has(self, flow_run_id: UUID) -> bool:
+        return str(flow_run_id) in self._pages
+
+    def take_over(self, api: str, pool: str | None) -> list[Page]:
+        """Make the pages that dead workers left for this API and pool (or for none) our own.
+
+        What is corrupt, newer, somebody else's or of another place is left alone; each is named once.
+        """
+        return [
+            page
+            for path, data in self._left_behind()
+            if data.get("api") == api and data.get("pool") in (pool, None) and (page := self._take(path, data))
+        ]
+
+    def take_over_from(self, owner: str) -> list[Page]:
+        """Make the pages of one dead worker our own."""
+        return [
+            page for path, data in self._left_behind() if data["owner"] == owner and (page := self._take(path, data))
+        ]
+
+    def is_dead(self, owner: str) -> bool:
+        """Has this worker let go of what it owned?"""
+        with self._locked(owner) as locked:
+            return locked
+
+    def close(self) -> None:
+        """Let go: what is left may be taken over."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+        if not self._pages:
+            with suppress(OSError):
+                (self._home / "workers" / self.owner).unlink(missing_ok=True)
+
+    def _hold(self) -> None:
+        """Show that we live."""
+        if self._lock < 0:
+            (self._home / "workers").mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = os.open(self._home / "workers" / self.owner, os.O_RDWR | os.O_CREAT, 0o600)
+            try_lock(self._lock)
+
+    def _forget(self, page: Page) -> None:
+        self._pages = {id: other for id, other in self._pages.items() if other is not page}
+        if page.path.parent.name.startswith("procworker-run-"):
+            shutil.rmtree(page.path.parent, ignore_errors=True)
+
+    def _left_behind(self) -> Iterator[tuple[Path, JSON]]:
+        """Look at every record that is not ours."""
+        try:
+            paths = sorted(path for path in (self._home / "runs").iterdir() if path.is_dir())
+        except OSError:
+            return
+        for path in paths:
+            if path.name.startswith(NEW):
+                with suppress(OSError):
+                    if time.time() - path.stat().st_mtime > STALE_SECONDS:
+                        shutil.rmtree(path, ignore_errors=True)
+                continue
+            try:
+                data = _read(path)
+            except FileNotFoundError:
+                continue  # its worker has just removed it
+            except (OSError, ValueError, RecursionError) as error:
+                self._complain(path.name, "%s is left alone: %s", path, error)
+            else:
+                if data["owner"] != self.owner:
+                    yield path, data
+
+    def _take(self, path: Path, seen: JSON) -> Page | None:
+        """Become the owner of a record whose owner is dead; None when it lives or somebody else was faster."""
+        with self._locked(seen["owner"]) as locked:
+            try:
+                if not locked or (data := _read(path))["owner"] != seen["owner"] or self._is_elsewhere(path, data):
+                    return None
+                self._hold()
+                page = Page(path, data, self._forget)
+                page.write(owner=self.owner)
+                if _read(path)["owner"] != self.owner:  # it could not be written
+                    return None
+            except (OSError, ValueError) as error:
+                self._complain(path.name, "%s is left alone: %s", path, error)
+                return None
+        self._pages[str(data["flow_run_id"])] = page
+        return page
+
+    def _is_elsewhere(self, path: Path, data: JSON) -> bool:
+        """May its processes live where we cannot see them?"""
+        place, now = data["place"], here()
+        if place["host"] != now["host"]:
+            self._complain(path.name, "%s is left alone: it belongs to host %r", path, place["host"])
+            return True
+        if place["boot"] != now["boot"] or place["namespace"] == now["namespace"]:
+            return False
+        # Another container of this host, or an earlier life of our own. What the run started holds its output locked.
+        if any(_is_locked(path / stream) for stream in ("stdout", "stderr")):
+            self._complain(path.name, "%s is left alone: it runs in another container", path)
+            return True
+        return False
+
+    @contextmanager
+    def _locked(self, owner: str) -> Iterator[bool]:
+        """Hold a dead worker's lock, and clear it away when nothing is left to be had with it."""
+        place = self._home / "workers" / owner
+        try:
+            place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            descriptor = os.open(place, os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            self._complain("workers", "Nothing of dead workers can be taken over: %s", error)
+            yield False
+            return
+        try:
+            held = try_lock(descriptor)
+            with suppress(FileNotFoundError):
+                held = held and os.fstat(descriptor).st_ino == place.stat().st_ino
+            yield held
+            if held:
+                place.unlink(missing_ok=True)
+        finally:
+            os.close(descriptor)
+
+    def _complain(self, about: str, text: str, *values: object) -> None:
+        if about not in self._complained:
+            self._complained.add(about)
+            logger.warning(text, *values)
+
+
+def _read(path: Path) -> JSON:
+    """Read a record; ValueError says why it cannot be ours to judge."""
+    file = path / "run.json"
+    status = file.stat()
+    if hasattr(os, "getuid") and status.st_uid != os.getuid():
+        raise ValueError("it belongs to another user")
+    if status.st_size > LARGEST:
+        raise ValueError("its run.json is too large")
+    data = json.loads(file.read_bytes())
+    if not isinstance(data, dict) or not isinstance(data.get("version"), int):
+        raise ValueError("its run.json is no record")
+    if data["version"] > VERSION:
+        raise ValueError(f"a newer procworker wrote it (version {data['version']})")
+    for key, kind in {"owner": str, "place": dict, "flow_run_id": str}.items():
+        if not isinstance(data.get(key), kind):
+            raise ValueError(f"its run.json has no {key}")
+    if not data["owner"].isalnum():
+        raise ValueError("its owner is no name")
+    return data
+
+
+def _write(path: Path, data: JSON) -> None:
+    """Replace the record as a whole; after a power cut an older one may stand there."""
+    new = path / "run.json.new"
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with open(descriptor, "w") as file:
+        json.dump(data, file)
+    new.replace(path / "run.json")
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        return not try_lock(descriptor)
+    finally:
+        os.close(descriptor)
