@@ -20,6 +20,18 @@ Ship = Callable[[dict[str, Any]], None]
 RUN_LOGGER = "prefect.flow_runs.worker"
 
 
+def run_context(flow_run_id: object, flow_run_name: str, **known: object) -> dict[str, Any]:
+    """Return what a run's log lines carry in Prefect: every name, as a text, also of what is not known."""
+    unknown = {
+        "flow_name": "<unknown>",
+        "worker_name": "<unknown>",
+        "work_pool_name": "<unknown>",
+        "work_pool_id": "unknown",
+    }
+    texts = {name: str(value) for name, value in known.items() if value is not None}
+    return {"flow_run_name": flow_run_name, "flow_run_id": str(flow_run_id), **unknown, **texts}
+
+
 class RunLogger(LoggerAdapter):
     """Log for one flow run; what is logged here is also shipped, whatever the host's logging is set to."""
 

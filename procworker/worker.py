@@ -6,6 +6,7 @@ import abc
 import builtins
 import logging
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -22,7 +23,7 @@ from procworker.configuration import C, R, V
 from procworker.errors import ConfigurationError, ObjectNotFound, Unreachable, single
 from procworker.health import health_server
 from procworker.intake import IDLE_POLL_SECONDS, Intake
-from procworker.logs import RunLogger
+from procworker.logs import RunLogger, run_context
 from procworker.loops import Loop, Moved
 from procworker.outcome import ExitUnknown, Reason, one_line
 from procworker.pool import check_type, fill_empty_template, read_or_create
@@ -110,7 +111,7 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
         self._outbox: Outbox | None = None
         self._tasks: TaskGroup | None = None
         self._stack = AsyncExitStack()
-        self._last_polled_time = datetime.now(timezone.utc)
+        self._last_polled = time.monotonic()
         self._taken: set[UUID] = set()
         self._moved = Moved()
         self._started_event: dict[str, Any] | None = None
@@ -154,17 +155,9 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
 
     def get_flow_run_logger(self, flow_run: FlowRun) -> RunLogger:
         """Return a logger whose lines also stand in the run's log on the server."""
-        pool = self._work_pool
-        extra = {
-            "flow_run_name": flow_run.name,
-            "flow_run_id": str(flow_run.id),
-            "flow_name": "<unknown>",
-            "worker_name": self.name,
-            "work_pool_name": self._work_pool_name or "<unknown>",
-            "work_pool_id": str(pool.id) if pool else "unknown",
-        }
-        if self.backend_id:
-            extra["worker_id"] = str(self.backend_id)
+        pool_id = self._work_pool.id if self._work_pool else None
+        worker = {"worker_name": self.name, "work_pool_name": self._work_pool_name, "work_pool_id": pool_id}
+        extra = run_context(flow_run.id, flow_run.name, worker_id=self.backend_id, **worker)
         ship = self._outbox.log if self._outbox and self._settings.logging_to_api_enabled else None
         return RunLogger(extra, ship, logging.getLevelName(self._settings.logging_level))
 
@@ -321,7 +314,7 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
         back_at = self._client.http.maintenance_ends_at if self._client else None
         if back_at is not None and anyio.current_time() <= back_at + window:
             return True
-        if datetime.now(timezone.utc) - self._last_polled_time <= timedelta(seconds=window):
+        if time.monotonic() - self._last_polled <= window:
             return True
         self._logger.error("The worker has not polled for more than %.0f seconds", window)
         return False
@@ -344,7 +337,7 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
     async def get_and_submit_flow_runs(self) -> list[FlowRun]:
         """Poll once and start as many due flow runs as there is room for; return those that are starting."""
         client, intake = self.client, self._intake
-        self._last_polled_time = datetime.now(timezone.utc)
+        self._last_polled = time.monotonic()
         if self._work_pool_name is None or self._work_pool is None:
             return []  # not synced yet
         if intake.room():

@@ -60,7 +60,7 @@ SHAPES = "procworker.server.models"
 DEPENDENCIES = {"anyio", "httpx", "psutil", "pydantic", "tomli"}
 
 LONGEST = 400
-LONGER = {"worker.py": 481}
+LONGER = {"worker.py": 474}
 """Files that are still too long, with the lines they have now: a number may fall, and no name may be added."""
 
 
