@@ -26,6 +26,7 @@ from procworker import BaseWorker, BaseWorkerResult, ProcessWorker
 from procworker.cli import build_parser
 from procworker.cli.common import SAME_SIGNAL_SECONDS
 from procworker.cli.run import kind_of, parse_parameters
+from procworker.system.tree import Family, Process
 
 PREFECTS_FLAGS = {
     *("--name", "-n", "--pool", "-p", "--work-queue", "-q", "--type", "-t", "--limit", "-l"),
@@ -183,6 +184,49 @@ def test_without_flags_the_settings_decide(
     (worker,) = recorded
     assert worker.name.startswith("RecordedWorker ")
     assert (worker.limit, worker._work_queues, worker._prefetch_seconds) == (None, set(), 70)
+
+
+@pytest.mark.parametrize(
+    ("flags", "environ", "policy"),
+    [
+        ("", {}, "adopt"),
+        ("--run-once", {}, "kill"),
+        ("", {"CI": "true"}, "kill"),
+        ("", {"PROCWORKER_RUN": "within another flow run"}, "kill"),
+        ("", {"PROCWORKER_RUN": ""}, "adopt"),
+        ("--orphans kill", {}, "kill"),
+        ("--run-once --orphans adopt", {"CI": "true"}, "adopt"),
+    ],
+)
+def test_what_becomes_of_runs_whose_worker_dies_hard_depends_on_where_it_works(
+    server: Beside, monkeypatch: pytest.MonkeyPatch, flags: str, environ: dict[str, str], policy: str
+) -> None:
+    monkeypatch.delenv("CI", raising=False)
+    seen: list[str] = []
+
+    async def start(self: ProcessWorker, *args: Any, **options: Any) -> None:
+        seen.append(self._orphans)
+
+    monkeypatch.setattr(ProcessWorker, "start", start)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert code_of("start", "-p", "pool", *flags.split()) == 0
+    assert seen == [policy]
+
+
+@pytest.mark.parametrize("do", ["complete", "fail"])
+def test_a_process_that_could_not_be_killed_is_exit_5(server: Beside, monkeypatch: pytest.MonkeyPatch, do: str) -> None:
+    end = Family.end
+
+    async def in_vain(self: Family, *args: Any, **options: Any) -> None:
+        await end(self, *args, **options)
+        self.survivors = {Process(2**22, 1.0)}
+
+    monkeypatch.setattr(Family, "end", in_vain)
+    run = server.schedule(server.add_deployment(), parameters={"do": do})
+
+    assert code_of("start", "-p", "pool", "--run-once") == 5
+    assert server.run(run).state.type == ("COMPLETED" if do == "complete" else "FAILED")
 
 
 def test_a_profile_wins_over_the_environment(server: Beside, monkeypatch: pytest.MonkeyPatch) -> None:

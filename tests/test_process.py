@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import signal
 import socket
@@ -484,6 +485,22 @@ async def test_the_grace_is_for_the_whole_tree_not_only_the_root(bench: Bench) -
         await bench.kill(30.0)
 
     assert bench.lines[-2:] == ["TERM", "TIDY"]
+
+
+async def test_there_is_no_scan_while_nothing_ends(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    scans = itertools.count()
+
+    def counted() -> Any:
+        next(scans)
+        return scan()
+
+    monkeypatch.setattr(tree, "_lookout", tree.Lookout(counted))
+    async with anyio.create_task_group() as tasks:
+        await bench.begin(tasks, "sleep 1")
+        await bench.until_printed("READY")
+        await anyio.sleep(0.5)
+        assert next(scans) == 0
+    assert 2 <= next(scans) - 1 <= 3
 
 
 async def test_a_second_kill_shortens_the_grace(bench: Bench) -> None:
