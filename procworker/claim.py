@@ -41,6 +41,7 @@ class Claim:
             return
         id, name = self._flow_run.id, self._flow_run.name
         pending = new_state("PENDING", transition_id=self.transition_id)
+        self.held = True  # the answer may get lost: whoever breaks us off has to report the run
         try:
             answer = await client.set_flow_run_state(id, pending, deadline=deadline)
         except Unreachable as error:
@@ -48,13 +49,13 @@ class Claim:
             # It may have been applied all the same: the history tells.
         except ApiError as error:
             self._log.warning("Flow run %r could not be claimed: %s", name, error)
-            self.refusal = str(error)
+            self.refusal, self.held = str(error), False
             return
         else:
             # A REJECT that shows our own transition id answers a repeated request.
             own = answer.state is not None and carries_id(answer.state, self.transition_id)
             if not own or answer.state is None or answer.state.type != "PENDING":
-                self.refusal = str(answer.details.get("reason") or answer.status)
+                self.refusal, self.held = str(answer.details.get("reason") or answer.status), False
                 self._log.info("Flow run %r is not ours to run: %s", name, self.refusal)
                 await self._cancel_without_deployment(client, read_deployment)
                 return
@@ -66,7 +67,7 @@ class Claim:
         Servers accept a claim over the end of another attempt (contract 0), and SQLite ones two claims at once. They
         stamp a state before they wait for their database: only what stands now tells who came last.
         """
-        self.held = True  # whoever breaks us off here has to report the run
+        self.held = True
         self.held = await self._stands(client)
 
     async def _stands(self, client: Client) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping
+from copy import deepcopy
 from datetime import timezone
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -318,6 +319,11 @@ def _server_schema(schema: JSON) -> JSON:
 
 def default_template(configuration: type[BaseJobConfiguration], variables: type[BaseModel] | None) -> JSON:
     """Return the base job template of a worker type (contract 4.1)."""
+    return deepcopy(_default_template(configuration, variables))
+
+
+@lru_cache
+def _default_template(configuration: type[BaseJobConfiguration], variables: type[BaseModel] | None) -> JSON:
     if variables is None:
         schema = configuration.model_json_schema(ref_template="#/definitions/{model}")
         for entry in schema["properties"].values():

@@ -22,7 +22,6 @@ from procworker.configuration import (
     with_extra_variables,
 )
 from procworker.errors import (
-    ApiError,
     InfrastructureNotFound,
     ObjectNotFound,
     ProcworkerError,
@@ -304,7 +303,7 @@ class Run:
         try:
             await host.client.update_flow_run(self.id, infrastructure_pid=str(self.identifier))
             await host.client.update_flow_run_labels(self.id, labels)
-        except ApiError as error:
+        except Exception as error:
             self.log.warning("The process id or the labels could not be recorded: %s", error)
 
     async def _stop_after(self, seconds: float) -> None:
@@ -314,7 +313,7 @@ class Run:
 
     async def cancel(self, grace: float | None = None) -> None:
         """Cancel it on our own account; where the server can be asked, its history says so first."""
-        with anyio.move_on_after(ASK_SECONDS), suppress(ApiError):
+        with anyio.move_on_after(ASK_SECONDS), suppress(Exception):
             await self._host.client.set_flow_run_state(self.id, new_state("CANCELLING"), retries=0)
         await self.stop(Reason.CANCELLED, "", grace)
 

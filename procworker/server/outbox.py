@@ -11,7 +11,6 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import anyio
-from anyio.abc import TaskStatus
 
 from procworker.errors import Unauthorized, Unreachable
 from procworker.server.client import Client
@@ -48,8 +47,10 @@ class Outbox:
 
     async def __aenter__(self) -> Self:
         self._closing = anyio.Event()
+        # Shielded, so that the last words of whoever is being cancelled still go out.
+        self._delivery = anyio.CancelScope(shield=True)
         self._tasks = await anyio.create_task_group().__aenter__()
-        self._delivery = await self._tasks.start(self._deliver)
+        self._tasks.start_soon(self._deliver)
         return self
 
     async def __aexit__(self, *error: object) -> None:
@@ -61,11 +62,9 @@ class Outbox:
         for queue in (self._logs, self._events):
             queue.give_up()
 
-    async def _deliver(self, *, task_status: TaskStatus[anyio.CancelScope]) -> None:
+    async def _deliver(self) -> None:
         """Send everything every few seconds, less often while that fails, and a last time when closing."""
-        # Shielded, so that the last words of whoever is being cancelled still go out.
-        with anyio.CancelScope(shield=True) as scope:
-            task_status.started(scope)
+        with self._delivery:
             wait, last = self._wait, False
             while not last:
                 with anyio.move_on_after(wait):
