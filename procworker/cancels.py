@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Sized
 
 import anyio
 
-from procworker.loops import Loop, Moved, jittered
+from procworker.loops import Loop, Moved
 
 CANCEL_POLL_SECONDS = 5.0
 
@@ -24,7 +24,7 @@ class CancelWatch:
         """Look until the last run is gone."""
         try:
             while self._runs:
-                with anyio.move_on_after(max(jittered(CANCEL_POLL_SECONDS), self._loop.asked_to_wait)):
+                with anyio.move_on_after(max(self._loop.pause(), self._loop.asked_to_wait)):
                     await self._moved.until(lambda: not self._runs)
                 if self._runs:
                     await self._loop.turn()

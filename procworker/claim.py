@@ -8,13 +8,13 @@ from uuid import UUID, uuid4
 
 import anyio
 
-from procworker.errors import ApiError, ObjectNotFound, Unreachable
+from procworker.errors import ApiError, ObjectNotFound
 from procworker.logs import RunLogger
 from procworker.loops import patiently
 from procworker.outcome import carries_id, latest_attempt
 from procworker.report import details_of
 from procworker.server.client import Client
-from procworker.server.models import FlowRun, State, new_state
+from procworker.server.models import FlowRun, OrchestrationResult, State, new_state
 
 CLAIM_SECONDS = 2.0
 """Age up to which a poll answer is good for a claim: servers accept a stale one (contract 0)."""
@@ -31,6 +31,7 @@ class Claim:
         self.cancelled = False
         """Does somebody want the run cancelled already?"""
         self.refusal: str | None = None
+        self._in_doubt = False
         self._flow_run = flow_run
         self._log = log
 
@@ -39,27 +40,37 @@ class Claim:
         deadline = answered_at + CLAIM_SECONDS
         if anyio.current_time() > deadline:
             return
-        id, name = self._flow_run.id, self._flow_run.name
-        pending = new_state("PENDING", transition_id=self.transition_id)
-        self.held = True  # the answer may get lost: whoever breaks us off has to report the run
+        self.held = True  # whoever breaks us off from here on has to report the run
         try:
-            answer = await client.set_flow_run_state(id, pending, deadline=deadline)
-        except Unreachable as error:
-            self._log.warning("The claim of flow run %r got no answer: %s", name, error)
-            # It may have been applied all the same: the history tells.
+            answer = await patiently(partial(self._propose, client, deadline))
         except ApiError as error:
-            self._log.warning("Flow run %r could not be claimed: %s", name, error)
-            self.refusal, self.held = str(error), False
+            self._log.warning("Flow run %r could not be claimed: %s", self._flow_run.name, error)
+            self.held, self.refusal = False, str(error)
             return
-        else:
-            # A REJECT that shows our own transition id answers a repeated request.
-            own = answer.state is not None and carries_id(answer.state, self.transition_id)
-            if not own or answer.state is None or answer.state.type != "PENDING":
-                self.refusal, self.held = str(answer.details.get("reason") or answer.status), False
-                self._log.info("Flow run %r is not ours to run: %s", name, self.refusal)
-                await self._cancel_without_deployment(client, read_deployment)
-                return
+        # A REJECT that shows our own transition id answers a repeated request.
+        state = answer and answer.state
+        if answer and not (state and state.type == "PENDING" and carries_id(state, self.transition_id)):
+            self.held, self.refusal = False, str(answer.details.get("reason") or answer.status)
+            self._log.info("Flow run %r is not ours to run: %s", self._flow_run.name, self.refusal)
+            await self._cancel_without_deployment(client, read_deployment)
+            return
         await self.look_back(client)
+
+    async def _propose(self, client: Client, deadline: float) -> OrchestrationResult | None:
+        """Propose our PENDING; None when the history has to tell what became of it.
+
+        A proposal without an answer may be carried out later, when nobody polls the run any more. So it is proposed
+        again (which cannot count twice) until there is an answer, or until something else has become of the run.
+        """
+        id = self._flow_run.id
+        if self._in_doubt:
+            history = await client.read_flow_run_states(id)
+            if not history or history[-1].id != self._flow_run.state_id:
+                return None
+            deadline = anyio.current_time() + CLAIM_SECONDS
+        self._in_doubt = True
+        pending = new_state("PENDING", transition_id=self.transition_id)
+        return await client.set_flow_run_state(id, pending, deadline=deadline)
 
     async def look_back(self, client: Client) -> None:
         """See whether our PENDING took what was scheduled, and nobody else's did.

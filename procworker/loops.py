@@ -77,23 +77,25 @@ class Loop:
             self.failures = 0
             self.last_success = anyio.current_time()
 
+    def pause(self) -> float:
+        """How long to wait until the next turn, in seconds: after a failure soon, then ever less often."""
+        pause = self._interval()
+        return jittered(min(pause, 2.0 ** min(self.failures - 1, 10)) if self.failures else pause)
+
     async def run(self) -> None:
         while True:
             self._woken = anyio.Event()
             await self.turn()
-            pause = self._interval()
-            if self.failures:  # look soon whether it was a hiccup, then ever less often
-                pause = min(pause, 2.0 ** min(self.failures - 1, 10))
             with anyio.move_on_after(self.asked_to_wait):
                 await anyio.sleep_forever()  # whoever wakes us, the server wants to be left alone
-            with anyio.move_on_after(jittered(pause)):
+            with anyio.move_on_after(self.pause()):
                 await self._woken.wait()
 
 
 T = TypeVar("T")
 
 
-async def patiently(call: Callable[[], Awaitable[T]], pause: float = 1.0, longest: float = 30.0) -> T:
+async def patiently(call: Callable[[], Awaitable[T]], pause: float = 1.0, longest: float = 10.0) -> T:
     """Repeat a call until the server answers it; any other failure is raised. Bound it with a cancel scope.
 
     Refused credentials were good at the start: they are waited for, too.

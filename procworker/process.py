@@ -91,6 +91,8 @@ class ProcessWorkerResult(BaseWorkerResult):
 UNSEEN = "The flow run process ended while no worker watched it: exit status unknown."
 HEIR_SECONDS = 120.0
 """How long the reports of a worker that died may take; then they wait on disk for the next start."""
+ACK_SECONDS = 3.0
+"""How long an engine may take to acknowledge an announced cancel; a busy one needs more than Prefect's 1 s."""
 WORK_DIR = "procworker-"
 
 
@@ -267,7 +269,7 @@ class ProcessWorker(BaseWorker[ProcessJobConfiguration, ProcessVariables, Proces
 
     async def _announce_cancel(self, identifier: str) -> None:
         if live := self._live.get(identifier):
-            await live.session.cancel()
+            await live.session.cancel(ACK_SECONDS)
 
     async def kill_infrastructure(
         self,

@@ -227,4 +227,6 @@ async def _read(what: str, answer: Awaitable[Any]) -> Any:
     try:
         return await answer
     except ApiError as error:
-        raise type(error)(f"{what}, which the job refers to: {error}", error.status_code) from error
+        told = type(error)(f"{what}, which the job refers to: {error}", error.status_code)
+        told.retry_after = error.retry_after
+        raise told from error

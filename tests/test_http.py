@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import logging
 import shutil
 import ssl
@@ -27,6 +28,7 @@ from procworker import __version__
 from procworker.errors import (
     ApiError,
     ConfigurationError,
+    ObjectNotFound,
     Rejected,
     Unauthorized,
     Unreachable,
@@ -171,10 +173,11 @@ async def test_text_that_is_no_unicode_does_not_stop_the_rest(server: FakeServer
         (400, Rejected, 1),
         (401, Unauthorized, 1),
         (403, Unauthorized, 1),
-        (404, Unreachable, 1),
+        (404, ObjectNotFound, 1),
         (405, Rejected, 1),
         (408, Unreachable, 3),
         (409, Rejected, 1),
+        (413, Rejected, 1),
         (418, Rejected, 3),
         (422, Rejected, 1),
         (429, Unreachable, 3),
@@ -188,15 +191,37 @@ async def test_text_that_is_no_unicode_does_not_stop_the_rest(server: FakeServer
 async def test_a_status_becomes_what_the_caller_can_do_and_only_passing_ones_are_retried(
     server: FakeServer, status: int, kind: type[ApiError], attempts: int
 ) -> None:
-    fault = server.fault("GET", "/health", status=status, body="why\n\x1b[31mnot", times=9)
+    body = '{"detail": "why\\n\\u001b[31mnot"}' if kind in (Rejected, ObjectNotFound) else "why\n\x1b[31mnot"
+    fault = server.fault("GET", "/health", status=status, body=body, times=9)
     async with talking(server.url, client_retry_extra_codes="418") as http:
         with pytest.raises(ApiError) as caught:
             await http.request("GET", "/health", retries=2)
     assert type(caught.value) is kind
     assert caught.value.status_code == status
     assert str(caught.value).startswith(f"GET /health: {status}")
-    assert str(caught.value).endswith(": why [31mnot")
+    assert "why" in str(caught.value)
+    assert "[31mnot" in str(caught.value)
+    assert str(caught.value).isprintable()
     assert fault.count == attempts
+
+
+@pytest.mark.parametrize("status", [400, 404, 405, 409, 410, 422])
+@pytest.mark.parametrize("body", ["<html>no such host</html>", "404 page not found"])
+async def test_a_refusal_that_is_not_the_apis_says_nothing_about_the_request(
+    server: FakeServer, status: int, body: str
+) -> None:
+    server.fault("GET", "/health", status=status, body=body)
+    async with talking(server.url) as http:
+        with pytest.raises(Unreachable):
+            await http.request("GET", "/health", retries=0)
+
+
+@pytest.mark.parametrize("status", [413, 414, 431])
+async def test_what_is_too_large_for_somebody_in_between_will_not_get_smaller(server: FakeServer, status: int) -> None:
+    server.fault("GET", "/health", status=status, body="<html>too large</html>")
+    async with talking(server.url) as http:
+        with pytest.raises(Rejected):
+            await http.request("GET", "/health", retries=0)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +247,7 @@ async def test_an_empty_answer_is_none(server: FakeServer) -> None:
 
 async def test_no_error_shows_a_secret(server: FakeServer) -> None:
     echo = "you sent Basic bWU6cGFzc3dvcmQ= which is me:password, and x-secret: hush-hush"
-    server.fault(status=400, body=echo)
+    server.fault(status=400, body=json.dumps({"detail": echo}))
     custom = '{"X-Secret": "hush-hush"}'
     async with talking(server.url, api_auth_string="me:password", client_custom_headers=custom) as http:
         with pytest.raises(Rejected) as caught:
@@ -326,13 +351,13 @@ def test_no_retry_after_breaks_anything(value: str) -> None:
     assert pause is None or pause >= 0
 
 
-async def test_pauses_double_up_to_a_minute_with_jitter_that_can_be_switched_off(server: FakeServer) -> None:
+async def test_pauses_double_up_to_ten_seconds_with_jitter_that_can_be_switched_off(server: FakeServer) -> None:
     from procworker.server.http import _Passing
 
     failure = _Passing(Unreachable("x"))
     async with Http(settings(server.url, client_retry_jitter_factor="0")) as http:
         pauses = [http._pause(failure, attempts) for attempts in (1, 2, 3, 4, 5, 6, 5000)]
-    assert pauses == [2, 4, 8, 16, 32, 60, 60]
+    assert pauses == [2, 4, 8, 10, 10, 10, 10]
     async with Http(settings(server.url)) as http:
         drawn = {http._pause(failure, 2) for _ in range(50)}
     assert len(drawn) > 1

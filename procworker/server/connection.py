@@ -39,6 +39,10 @@ class Answer(NamedTuple):
     headers: httpx.Headers
     body: bytes
 
+    def is_of_the_api(self) -> bool:
+        """Prefect explains its refusals in JSON; anything else speaks for a proxy, which knows nothing of runs."""
+        return self.body.lstrip().startswith(b"{")
+
     def refuses_csrf_token(self) -> bool:
         return self.status == 403 and b"CSRF token" in self.body
 

@@ -26,8 +26,9 @@ from procworker.settings import Settings
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-LONGEST_PAUSE, LONGEST_MAINTENANCE = 60.0, 600.0
+LONGEST_BACKOFF, LONGEST_PAUSE, LONGEST_MAINTENANCE = 10.0, 60.0, 600.0
 PASSING_CODES = frozenset({408, 429, 502, 503})
+TOO_LARGE = frozenset({413, 414, 431})
 # OverflowError: a body over the limit. UnicodeError: a host name that cannot be encoded. OSError: a timeout.
 LASTING = (httpx.UnsupportedProtocol, httpx.TooManyRedirects, httpx.InvalidURL, OverflowError, UnicodeError)
 NO_ANSWER = (httpx.HTTPError, OSError, *LASTING)
@@ -122,7 +123,7 @@ class Http:
         """Choose how long to wait: what the server says, if that is sane, or twice as long each time."""
         jitter = self._settings.client_retry_jitter_factor
         if failure.retry_after is None:
-            pause = min(self.first_pause * 2.0 ** min(attempts - 1, 9), LONGEST_PAUSE)
+            pause = min(self.first_pause * 2.0 ** min(attempts - 1, 9), LONGEST_BACKOFF)
             pause *= random.uniform(max(0, 1 - jitter), 1 + jitter)
         else:
             longest = LONGEST_MAINTENANCE if failure.in_maintenance else LONGEST_PAUSE
@@ -202,11 +203,14 @@ class Http:
 
 
 def _kind(answer: Answer) -> type[ApiError]:
-    if answer.status == 404:  # Prefect says so in JSON; anything else speaks for a proxy, which knows nothing of runs
-        return ObjectNotFound if answer.body.lstrip().startswith(b"{") else Unreachable
+    if answer.status == 404:
+        return ObjectNotFound if answer.is_of_the_api() else Unreachable
     if answer.status in (401, 403):
         return Unreachable if answer.refuses_csrf_token() else Unauthorized
-    return Rejected if 400 <= answer.status < 500 and answer.status not in PASSING_CODES else Unreachable
+    if answer.status in TOO_LARGE:  # whoever says so, it will not get smaller
+        return Rejected
+    refused = 400 <= answer.status < 500 and answer.status not in PASSING_CODES
+    return Rejected if refused and (not answer.body or answer.is_of_the_api()) else Unreachable
 
 
 def _complaint(error: Exception) -> str:

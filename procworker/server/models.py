@@ -54,6 +54,7 @@ class FlowRun(Named):
     deployment_id: UUID | None = None
     parent_task_run_id: UUID | None = None
     state: State | None = None
+    state_id: UUID | None = None
     state_type: str | None = None
     state_name: str | None = None
     run_count: int = 0

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 from procworker.errors import ProcworkerError
-from scripts.benchmarks import cold, figures, footprint, lab
+from scripts.benchmarks import cancel, cold, figures, footprint, lab
 
-SUBJECTS = {"cold": cold, "footprint": footprint}
+SUBJECTS = {"cancel": cancel, "cold": cold, "footprint": footprint}
 """Modules with a docstring and measure(lab, arguments) -> rows made by figures.compare."""
 
 
@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("subject", choices=SUBJECTS)
     parser.add_argument("--prefect", default=os.environ.get("PROCWORKER_TEST_PREFECT38"), help="its Python")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample to this file, too")
-    parser.add_argument("--runs", type=int, default=7, metavar="N", help="cold: runs of each side (7)")
+    parser.add_argument("--runs", type=int, default=7, metavar="N", help="cancel, cold: runs of each side (7)")
     parser.add_argument("--query-seconds", type=float, metavar="S", help="cold: poll interval (each side's default)")
     parser.add_argument("--seconds", type=float, default=60, metavar="S", help="footprint: idle time (60)")
     arguments = parser.parse_args()

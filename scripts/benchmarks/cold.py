@@ -30,12 +30,12 @@ def measure(lab: Lab, arguments: argparse.Namespace) -> list[Row]:
     return compare(samples[0][1:], samples[1][1:], {WALL: 0.6, CPU: 0.6}, of="ratio")
 
 
-def deploy(lab: Lab, pool: str) -> str:
-    """Give a pool a deployment of the no-op flow; return the path that orders a run."""
-    (lab.place / "flows.py").write_text("from prefect import flow\n@flow\ndef nothing(): pass\n")
+def deploy(lab: Lab, pool: str, code: str = "pass") -> str:
+    """Give a pool a deployment of a flow with this code; return the path that orders a run."""
+    (lab.place / "flows.py").write_text(f"from prefect import flow\n@flow\ndef example(): {code}\n")
     step = {"prefect.deployments.steps.set_working_directory": {"directory": str(lab.place)}}
-    flow = lab.api("POST", "/flows/", {"name": "nothing"})["id"]
-    body = {"name": pool, "flow_id": flow, "work_pool_name": pool, "entrypoint": "flows.py:nothing"}
+    flow = lab.api("POST", "/flows/", {"name": "example"})["id"]
+    body = {"name": pool, "flow_id": flow, "work_pool_name": pool, "entrypoint": "flows.py:example"}
     return f"/deployments/{lab.api('POST', '/deployments/', body | {'pull_steps': [step]})['id']}/create_flow_run"
 
 
