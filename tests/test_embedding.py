@@ -30,6 +30,8 @@ from misbehave import survivors
 from procworker.process import ProcessWorker
 from procworker.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 SAMPLE = int(os.environ.get("PROCWORKER_TEST_SAMPLE", "12"))
 """At how many of its awaits a worker is cancelled; 0 is all of them."""
 PR_GET_CHILD_SUBREAPER = 37

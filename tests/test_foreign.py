@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 PYTHON = [sys.executable, "-S", "-E"]
 NAMESPACE = ["unshare", "-p", "-f", "--mount-proc"]
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")]
 
 REUSE = """
 import os, subprocess, sys, time

@@ -344,6 +344,7 @@ async def test_a_sink_that_refuses_is_offered_the_same_line_again(directory: Fil
     assert reader.lines == [str(number) for number in range(10)]
 
 
+@pytest.mark.slow
 async def test_waiting_for_a_sink_costs_little(directory: Files) -> None:
     reader = Reader()
     output = Output(directory, reader.take)
@@ -355,6 +356,7 @@ async def test_waiting_for_a_sink_costs_little(directory: Files) -> None:
         reader.room = 1
 
 
+@pytest.mark.slow
 async def test_after_the_end_a_sink_that_takes_nothing_is_given_up_soon(
     directory: Files, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -370,6 +372,7 @@ async def test_after_the_end_a_sink_that_takes_nothing_is_given_up_soon(
     assert "its reader takes nothing" in caplog.text
 
 
+@pytest.mark.slow
 async def test_a_slow_sink_is_waited_for(directory: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PATIENCE_SECONDS", 3)
     reader = Reader(1)

@@ -22,7 +22,7 @@ import pytest
 from procworker.system.output import POLL_SECONDS, Follower
 from procworker.system.spool import CAP
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 MIB = 1024 * 1024
 FULL = os.environ.get("PROCWORKER_TEST_FULL") == "1"

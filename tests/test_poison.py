@@ -20,6 +20,8 @@ from workers import engine_command, settings_for, working
 
 from procworker.process import ProcessWorker
 
+pytestmark = pytest.mark.slow
+
 REFUSALS = (404, 409, 422)
 TEMPLATE = {
     "job_configuration": {

@@ -23,6 +23,8 @@ from misbehave import survivors
 
 from procworker.system.printer import LogStream, Printer, print_line
 
+pytestmark = pytest.mark.slow
+
 CAPACITY = 4096
 """What the pipes of these tests hold."""
 

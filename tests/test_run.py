@@ -330,6 +330,7 @@ async def test_a_worker_that_cannot_kill_has_its_run_cancelled(server: FakeServe
         await server.wait_state(id, "CANCELLED")
 
 
+@pytest.mark.slow
 async def test_an_outage_at_the_end_delays_the_report_but_does_not_lose_it(server: FakeServer) -> None:
     async def script(flow_run: FlowRun, configuration: Any) -> int:
         server.fault("*", "/flow_run", times=4, status=503)

@@ -45,6 +45,8 @@ from procworker.server import models
 from procworker.settings import Settings
 from procworker.worker import BaseWorker
 
+pytestmark = pytest.mark.slow
+
 STEPS = int(os.environ.get("PROCWORKER_TEST_STEPS", "400"))
 STEPS_PER_LIFE = 50
 TICKS = 50_000
@@ -145,7 +147,7 @@ class World(Model):
         self.clock = Clock()
         self.loop = self.clock.loop = asyncio.SelectorEventLoop(self.clock)
         self.loop.time = lambda: self.clock.now  # type: ignore[method-assign]
-        self.add_pool(type="puppet", base_job_template=Puppet.get_default_base_job_template())
+        self.add_pool(type="marionette", base_job_template=Puppet.get_default_base_job_template())
         self.deployment = self.add_deployment()
 
     # Time
@@ -353,7 +355,7 @@ class PuppetResult(BaseWorkerResult):
 class Puppet(BaseWorker[PuppetConfiguration, BaseVariables, PuppetResult]):
     """A worker whose infrastructure ends with its `run`, as processes do."""
 
-    type = "puppet"
+    type = "marionette"
     job_configuration = PuppetConfiguration
     kept_fields = frozenset({"timeout_seconds"})
     ends_with_run = True
@@ -424,7 +426,7 @@ class Life:
         self.client, self.journal = MemoryClient(self), MemoryJournal(self)
         environ = {"PREFECT_API_URL": "http://127.0.0.1:9/api", "PREFECT_WORKER_QUERY_SECONDS": "5"}
         options: Any = {"settings": Settings.load(environ), "journal": self.journal, "orphans": orphans}
-        self.worker = kind("pool", limit=limit, name="puppet", **options)
+        self.worker = kind("pool", limit=limit, name="marionette", **options)
         self.worker.life = self
         self.limiter: anyio.CapacityLimiter | None = None
         self.scope = anyio.CancelScope()

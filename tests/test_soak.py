@@ -17,7 +17,7 @@ import pytest
 from commands import FAST, ROOT, serving
 from misbehave import survivors
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 RUNS = int(os.environ.get("PROCWORKER_TEST_SOAK", "200"))
 WARM_UP, CACHES = 0.2, 60

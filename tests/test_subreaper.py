@@ -15,7 +15,7 @@ import pytest
 from misbehave import survivors
 
 HERE = Path(__file__).parent
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs prctl")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs prctl")]
 
 PRELUDE = """
 import os, signal, subprocess, sys, time

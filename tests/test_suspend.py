@@ -18,6 +18,8 @@ from workers import ScriptWorker, settings_for, working
 
 from procworker import worker as worker_module
 
+pytestmark = pytest.mark.slow
+
 SLEPT = 3.0
 
 

@@ -128,6 +128,7 @@ def test_what_is_not_json_is_refused():
     assert isinstance(refused.value, ValueError)
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(template=templates, values=values, facts=worlds)
 def test_nothing_given_is_changed(template, values, facts):
@@ -181,6 +182,7 @@ def test_any_text_of_unknown_names_stays_byte_for_byte(text):
     assert resolve([text], {"a": 1}) == [text]
 
 
+@pytest.mark.slow
 @settings(max_examples=500, deadline=None)
 @given(template=templates, values=values, facts=worlds)
 def test_angles_give_what_braces_give_when_all_names_are_known(template, values, facts):

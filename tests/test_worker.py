@@ -303,6 +303,7 @@ async def test_the_third_stop_kills_without_grace(server: FakeServer) -> None:
     assert [grace for _, grace in worker.killed] == [10.0, 0.0]
 
 
+@pytest.mark.slow
 async def test_stopping_without_a_server_is_bounded(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("procworker.shift.STOP_GRACE_SECONDS", 0.2)
     monkeypatch.setattr("procworker.shift.LAST_REPORT_SECONDS", 0.2)

@@ -20,6 +20,8 @@ from commands import FAST, ROOT, TEMPLATE, Beside, Command, serving
 from doomed import POINTS
 from misbehave import survivors
 
+pytestmark = pytest.mark.slow
+
 REPETITIONS = int(os.environ.get("PROCWORKER_TEST_REPETITIONS", "1"))
 DOOMED = Path(__file__).with_name("doomed.py")
 

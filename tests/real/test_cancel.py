@@ -20,7 +20,7 @@ from misbehave import survivors
 
 from procworker.process import ProcessWorker
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.long]
 
 FULL = bool(os.environ.get("PROCWORKER_TEST_FULL"))
 """Every cell of the table; else, of the engines between the oldest and the newest, the first only."""
