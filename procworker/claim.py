@@ -35,7 +35,9 @@ class Claim:
         self._flow_run = flow_run
         self._log = log
 
-    async def take(self, client: Client, answered_at: float, read_deployment: Callable[[], Awaitable[object]]) -> None:
+    async def take(
+        self, client: Client, answered_at: float, read_deployment: Callable[[], Awaitable[object]] | None = None
+    ) -> None:
         """Claim what a poll showed at `answered_at`; never from an old answer, never over a newer outcome."""
         deadline = answered_at + CLAIM_SECONDS
         if anyio.current_time() > deadline:
@@ -52,9 +54,18 @@ class Claim:
         if answer and not (state and state.type == "PENDING" and carries_id(state, self.transition_id)):
             self.held, self.refusal = False, str(answer.details.get("reason") or answer.status)
             self._log.info("Flow run %r is not ours to run: %s", self._flow_run.name, self.refusal)
-            await self._cancel_without_deployment(client, read_deployment)
+            if read_deployment is not None:
+                await self._cancel_without_deployment(client, read_deployment)
             return
         await self.look_back(client)
+
+    async def renew(self, client: Client, flow_run: FlowRun) -> None:
+        """Hold what a dead worker claimed with our transition id, also if the server has not carried that out yet."""
+        self._flow_run, self._in_doubt = flow_run, True
+        if flow_run.state_type == "SCHEDULED":
+            await self.take(client, anyio.current_time())
+        else:
+            await self.look_back(client)
 
     async def _propose(self, client: Client, deadline: float) -> OrchestrationResult | None:
         """Propose our PENDING; None when the history has to tell what became of it.

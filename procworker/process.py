@@ -49,6 +49,8 @@ class ProcessJobConfiguration(BaseJobConfiguration):
     leftovers: Literal["kill", "allow"] = "kill"
 
     _interpreter: Interpreter | None = PrivateAttr(default=None)
+    _age: float = PrivateAttr(default=0.0)
+    """How many seconds ago the process of an adopted run was started."""
 
     def _base_flow_run_command(self) -> str:  # type: ignore[override]
         python = self._interpreter.path if self._interpreter else "python"
@@ -91,6 +93,7 @@ class ProcessWorkerResult(BaseWorkerResult):
 UNSEEN = "The flow run process ended while no worker watched it: exit status unknown."
 HEIR_SECONDS = 120.0
 """How long the reports of a worker that died may take; then they wait on disk for the next start."""
+LATE_CLAIM_SECONDS = 3.0
 ACK_SECONDS = 3.0
 """How long an engine may take to acknowledge an announced cancel; a busy one needs more than Prefect's 1 s."""
 WORK_DIR = "procworker-"
@@ -170,13 +173,19 @@ class ProcessWorker(BaseWorker[ProcessJobConfiguration, ProcessVariables, Proces
             with _working_directory(configuration.working_dir, page) as cwd:
                 # From the start of the process on somebody must know of it, whatever happens to us.
                 with anyio.CancelScope(shield=True):
-                    child = await spawn(
-                        argv,
-                        cwd=cwd,
-                        env={**env, **session.environment, COOKIE: page.name},
-                        stdout=page.stdout,
-                        stderr=page.stderr,
-                    )
+                    try:
+                        child = await spawn(
+                            argv,
+                            cwd=cwd,
+                            env={**env, **session.environment, COOKIE: page.name},
+                            stdout=page.stdout,
+                            stderr=page.stderr,
+                        )
+                    except Exception:
+                        # It may have been started all the same: no thread could be had to wait for it.
+                        if root := find_root(page.name):
+                            await Family(root, page.name).end(0.0)
+                        raise
                     secrets = secrets_in(env)
                     known = {"process": child.identity, "secrets": bool(secrets - self._settings.secrets())}
                     page.write(phase="running", infrastructure={**_infrastructure(page), **known})
@@ -203,8 +212,7 @@ class ProcessWorker(BaseWorker[ProcessJobConfiguration, ProcessVariables, Proces
             # Its engine knows no control session but that of the worker that is dead.
             child = Child(root)
             live = self._live[str(root.pid)] = Live(child, Family(root, page.name), Control().session())
-            if configuration.timeout_seconds:
-                configuration.timeout_seconds = max(configuration.timeout_seconds - age(root), 0.001)
+            configuration._age = age(root)
             environ = child.environment()
             # Who has ended tells nobody what is secret in its output.
             secrets = None if not environ and known.get("secrets", True) else secrets_in(environ)
@@ -235,7 +243,7 @@ class ProcessWorker(BaseWorker[ProcessJobConfiguration, ProcessVariables, Proces
                 tasks.start_soon(follower.follow)
                 code = await _exit_of(child, family)
                 before = set(family.ended)
-                if configuration.leftovers == "kill":
+                if configuration.leftovers == "kill" or family.is_ending:
                     await family.end(LEFTOVER_GRACE_SECONDS, SETTLE_SECONDS, hurry=False)
                 follower.end()
         except BaseException:
@@ -326,8 +334,9 @@ def _remove_work_dir(page: Page) -> None:
         return
     for place, names, _ in os.walk(path):
         for name in names:
-            with suppress(OSError):
-                os.chmod(os.path.join(place, name), 0o700, follow_symlinks=os.chmod not in os.supports_follow_symlinks)
+            if not os.path.islink(inner := os.path.join(place, name)):
+                with suppress(OSError):
+                    os.chmod(inner, 0o700)
     shutil.rmtree(path, ignore_errors=True)
 
 
@@ -349,6 +358,11 @@ async def _end_runs_of(worker: ProcessWorker, owner: str) -> None:
     if not (pages := worker._journal.take_over_from(owner)):
         return
     async with worker:
-        worker._resume(pages)
+        deadline = anyio.current_time() + HEIR_SECONDS
+        claiming = [page for page in pages if page.data.get("phase") == "claiming"]
+        worker._resume([page for page in pages if page not in claiming])
+        if claiming:  # the server may be about to carry the claim out
+            await anyio.sleep(LATE_CLAIM_SECONDS)
+            worker._resume(claiming)
         for run in worker.runs.values():
-            run.reporting.deadline = anyio.current_time() + HEIR_SECONDS
+            run.reporting.deadline = deadline

@@ -6,6 +6,7 @@ import logging
 from typing import Any
 from uuid import UUID
 
+from procworker.errors import Rejected, Unreachable
 from procworker.logs import RunLogger
 from procworker.outcome import Facts, carries_id, decide, owns
 from procworker.server.client import Client
@@ -30,7 +31,10 @@ class Report:
 
         Raises ApiError.
         """
-        history = await client.read_flow_run_states(self.flow_run_id)
+        try:
+            history = await client.read_flow_run_states(self.flow_run_id)
+        except Rejected as error:  # no server refuses that: it is no word about the run
+            raise Unreachable(str(error), error.status_code) from error
         if not owns(history, self.claim):
             log.info("Flow run %r was deleted or started again elsewhere", self.name)
             return None

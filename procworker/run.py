@@ -132,6 +132,7 @@ class Run:
         self.ending = False
         self.page: Page = ForgottenPage({})
         self._resumed: Record | None = None
+        self._known: Facts | None = None  # when it was over already, and only to be reported
         self._announced = False
         self._preparing = anyio.CancelScope()
         self._running = anyio.CancelScope()
@@ -158,8 +159,8 @@ class Run:
     @property
     def facts(self) -> Facts:
         """What is to be reported, as far as it is known now."""
-        if self._resumed is not None and self._resumed.phase == "ended":
-            return self._resumed.facts
+        if self._known is not None:
+            return self._known
         ends_with_run = self._host.ends_with_run
         return Facts(
             reason=self.reason,
@@ -202,9 +203,12 @@ class Run:
         facts = record.facts
         self.reason, self.reason_text, self.result = facts.reason, facts.reason_text, facts.result
         self._configured_command = not facts.must_report
+        self._known = facts if record.phase == "ended" else None
         if record.phase in ("starting", "running"):
             self.configuration = self._host.job_configuration(**record.job)
-        if record.orphans == "kill" and self.reason is None:
+        # Without a pool nobody here knows what to start.
+        lost = record.phase == "claiming" and record.pool is None
+        if (record.orphans == "kill" or lost) and self.reason is None:
             self.reason, self.reason_text = Reason.STOPPED, text
         self.claim.held = record.phase != "claiming" or self.reason is not None
 
@@ -228,8 +232,9 @@ class Run:
             read_deployment = partial(self._sources.read, self.flow_run.deployment_id, client.read_deployment)
             await self.claim.take(client, self.answered_at, read_deployment)
         else:  # a dead worker's claim is as good as ours, if it still stands
+            self.claim.held = True  # whoever breaks us off here has to report the run
             self.flow_run = await patiently(partial(client.read_flow_run, self.id))
-            await self.claim.look_back(client)
+            await self.claim.renew(client, self.flow_run)
             self._resumed = None  # from here on it is a run like any other
         if self.claim.cancelled:
             self.reason = Reason.CANCELLED
@@ -307,7 +312,7 @@ class Run:
             self.log.warning("The process id or the labels could not be recorded: %s", error)
 
     async def _stop_after(self, seconds: float) -> None:
-        await anyio.sleep(seconds)
+        await anyio.sleep(seconds - getattr(self.configuration, "_age", 0.0))
         text = f"The flow run exceeded its timeout of {seconds:g} s and was ended."
         self._host._in_background(self.stop, Reason.TIMED_OUT, text)
 
@@ -322,7 +327,7 @@ class Run:
 
         Without a grace (seconds) the job's own `grace_seconds` counts, or CANCEL_GRACE_SECONDS.
         """
-        if self.reason is None and self.result is None:
+        if self.reason is None and self.result is None and self.error is None and self._known is None:
             self.reason, self.reason_text = reason, text
             self._note()
             self.log.info("Ending flow run %r: %s", self.flow_run.name, text or reason.value)
@@ -358,7 +363,8 @@ class Run:
 
     async def _report(self) -> None:
         """Put the final state on the server; wait for the server as long as the worker lives."""
-        if self.result is None and self.error is None and self.reason is None:  # our own task is being cancelled
+        over = self.result is not None or self.error is not None or self._known is not None
+        if not over and self.reason is None:  # our own task is being cancelled
             self.reason, self.reason_text = Reason.STOPPED, self.stopped_text
             self.reporting.deadline = min(self.reporting.deadline, anyio.current_time() + 10)
         if self.result is not None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import anyio
 import pytest
 from commands import FAST, ROOT, TEMPLATE, Beside, Command, code_of, fake_prefect, flow_file, serving
 from fake_model import now
@@ -173,6 +174,29 @@ def test_every_flag_reaches_the_worker(server: Beside, recorded: list[BaseWorker
     poll = server.seen("POST", POLL)[0].json
     assert poll["work_queue_names"] == ["blue", "red"]
     assert poll["scheduled_before"] > (now() + timedelta(seconds=100)).isoformat()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs prctl")
+def test_children_of_a_worker_of_another_type_are_not_taken_for_orphans(server: Beside) -> None:
+    codes: list[int] = []
+
+    class ParentWorker(BaseWorker):
+        type = "parent"
+
+        async def run(self, flow_run: Any, configuration: Any, task_status: Any = None) -> BaseWorkerResult:
+            child = subprocess.Popen(["sh", "-c", "exit 7"], start_new_session=True)  # noqa: ASYNC220
+            os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # noqa: ASYNC222
+            await anyio.sleep(0.3)
+            codes.append(child.wait())
+            return BaseWorkerResult(identifier="0", status_code=0)
+
+    server.add_pool("other", type="parent")
+    server.schedule(server.add_deployment(pool="other"), pool="other")
+    try:
+        code_of("start", "-p", "other", "--run-once")
+    finally:
+        del BaseWorker._known["parent"]
+    assert codes == [7]
 
 
 def test_without_flags_the_settings_decide(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -242,7 +243,10 @@ def test_the_pages_of_one_worker_can_be_taken_over_alone(home: Path, journal: Jo
 
 
 def test_of_two_successors_one_gets_each_page(home: Path) -> None:
-    pages = {abandoned(home).path for _ in range(20)}
+    dead = [Journal(home) for _ in range(4)]
+    pages = {open_page(journal).path for journal in dead for _ in range(5)}
+    for journal in dead:
+        journal.close()
     heirs, got = [Journal(home) for _ in range(8)], []
     start = threading.Barrier(len(heirs))
 
@@ -258,10 +262,8 @@ def test_of_two_successors_one_gets_each_page(home: Path) -> None:
     for heir in heirs:
         heir.close()
 
-    assert len(got) == len(set(got))
-    last = Journal(home)
-    assert {*got, *taken(last)} == pages  # who met a rival leaves it to the next
-    last.close()
+    assert len(got) == len(set(got)) == 20, "none twice, none overlooked"
+    assert set(got) == pages
 
 
 # What is left alone, and named
@@ -276,6 +278,7 @@ def test_of_two_successors_one_gets_each_page(home: Path) -> None:
         ('{"version": 1}', "has no owner"),
         ('{"version": 2, "owner": "x", "place": {}, "flow_run_id": "x"}', "a newer procworker"),
         ('{"version": 1, "owner": "../../x", "place": {}, "flow_run_id": "x"}', "no name"),
+        ('{"version": 1, "owner": "x", "place": {}, "flow_run_id": "x"}', "place is none"),
         ("[" * 100_000, "left alone"),
         ('"' + "x" * 2_000_000 + '"', "too large"),
     ],
@@ -362,3 +365,85 @@ def test_a_page_is_found_by_its_run(journal: Journal) -> None:
     assert not journal.has(id)
     page = journal.page(id)
     assert journal.has(UUID(page.name.partition(".")[0]))
+
+
+def test_a_record_that_is_no_file_is_not_waited_for(
+    home: Path, journal: Journal, caplog: pytest.LogCaptureFixture
+) -> None:
+    page = abandoned(home)
+    (page.path / "run.json").unlink()
+    os.mkfifo(page.path / "run.json")
+
+    assert taken(journal) == []
+    assert "is no file" in caplog.text
+
+
+def test_two_records_of_one_run_are_taken_one_after_the_other(home: Path) -> None:
+    id = uuid4()
+    for _ in range(2):
+        dead = Journal(home)
+        dead.page(id, api=API, pool=POOL)
+        dead.close()
+    first, second = Journal(home), Journal(home)
+
+    assert [len(taken(first)), len(taken(first)), len(taken(second))] == [1, 0, 1]
+    first.close()
+    second.close()
+
+
+def test_whose_directory_was_cleared_away_shows_again_that_it_lives(home: Path, journal: Journal) -> None:
+    living = Journal(home)
+    open_page(living)
+    shutil.rmtree(home)
+    page = open_page(living)
+
+    assert taken(journal) == []
+    living.close()
+    assert taken(journal) == [page.path], "the negative control"
+
+
+def test_the_lock_of_another_host_is_not_even_touched(home: Path, journal: Journal) -> None:
+    page = abandoned(home)
+    altered(page, place={**here(), "host": "another"})
+    lock = home / "workers" / str(page.data["owner"])
+    lock.touch()
+
+    assert taken(journal) == []
+    assert lock.exists()
+
+
+def test_what_is_to_be_adopted_is_not_for_a_helper(home: Path, journal: Journal) -> None:
+    dead = Journal(home)
+    ends, stays = open_page(dead, orphans="kill"), open_page(dead, orphans="adopt")
+    dead.close()
+
+    assert [page.path for page in journal.take_over_from(dead.owner)] == [ends.path]
+    assert taken(Journal(home)) == [stays.path]
+
+
+def test_whatever_the_umask_is_all_is_private(home: Path, journal: Journal) -> None:
+    before = os.umask(0)
+    try:
+        page = open_page(journal)
+    finally:
+        os.umask(before)
+
+    for path in (home, home / "runs", home / "workers", page.path):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o700
+    assert stat.S_IMODE((page.path / "run.json").stat().st_mode) == 0o600
+
+
+def test_what_is_left_of_a_removed_page_is_cleared_away_later(
+    home: Path, journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = open_page(journal)
+    (page.path / "stdout").touch()
+    with monkeypatch.context() as broken_off:
+        broken_off.setattr(shutil, "rmtree", lambda *args, **options: None)
+        page.remove()
+    (left,) = (home / "runs").iterdir()
+
+    assert left.name.startswith(NEW)
+    os.utime(left, (0, 0))
+    taken(journal)
+    assert not left.exists()

@@ -435,6 +435,42 @@ async def test_leftovers_can_be_allowed(make_bench: MakeBench, caplog: pytest.Lo
     assert bench.directories == []
 
 
+async def test_allowed_leftovers_of_a_cancelled_run_are_ended_all_the_same(bench: Bench) -> None:
+    async with anyio.create_task_group() as tasks:
+        await bench.begin(tasks, "nohup", leftovers="allow")
+        deaf = identify(int(await bench.until_printed("CHILD")))
+        assert deaf
+        await bench.kill(0.1)
+
+    assert not is_alive(deaf)
+
+
+async def test_what_a_run_links_to_is_left_as_it_was(bench: Bench, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir(mode=0o755)
+    await bench.run("sh", "-c", f"ln -s {other} link; mkdir closed; ln -s {other} closed/link; chmod 0 closed")
+
+    assert other.stat().st_mode & 0o777 == 0o755
+    assert bench.directories == []
+
+
+async def test_what_could_not_be_waited_for_is_ended(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before Python 3.12 asyncio waits for a child in a thread, which may be one too many."""
+    spawn = process.spawn
+
+    async def spawn_and_fail(*args: Any, **options: Any) -> Any:
+        await spawn(*args, **options)
+        raise SpawnError("can't start new thread")
+
+    monkeypatch.setattr(process, "spawn", spawn_and_fail)
+    with pytest.raises(SpawnError):
+        await bench.run("ignore-term")
+
+    with anyio.fail_after(20):
+        while misbehave.survivors(str(bench.flow_run.id)):  # noqa: ASYNC110
+            await anyio.sleep(0.01)
+
+
 async def test_what_cannot_be_killed_is_named_in_the_remarks(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     immortal = Entry(Process(NOBODY, 1.0), 1, 0, False)
 

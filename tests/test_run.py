@@ -11,6 +11,7 @@ from fake_server import FakeServer
 from workers import LocalWorker, ScriptWorker, settings_for, working
 
 from procworker.configuration import BaseJobConfiguration
+from procworker.errors import ProcworkerError
 from procworker.server.client import Client
 from procworker.server.models import FlowRun
 
@@ -517,3 +518,35 @@ async def test_an_end_that_failed_is_tried_again(server: FakeServer) -> None:
         await server.wait_state(id, "CANCELLED")
 
     assert len(worker.killed) == 2
+
+
+@pytest.mark.parametrize("status", [404, 405, 413, 422])
+async def test_a_server_that_refuses_to_tell_the_history_for_once_costs_no_outcome(
+    server: FakeServer, status: int
+) -> None:
+    async def script(flow_run: FlowRun, configuration: Any) -> int:
+        server.fault("GET", "flow_run_states", times=1, status=status, body='{"detail": "Not Found"}')
+        return 3
+
+    id = server.schedule(server.add_deployment())
+    async with working(script_worker(server, script)):
+        await server.wait_state(id, "CRASHED", timeout=40)
+
+
+async def test_a_stop_does_not_replace_the_reason_of_a_run_that_has_failed_already(server: FakeServer) -> None:
+    failed = anyio.Event()
+
+    async def script(flow_run: FlowRun, configuration: Any) -> int:
+        server.fault("*", "flow_run", times=3, status=503)
+        failed.set()
+        raise ProcworkerError("The command 'x' was not found")
+
+    id = server.schedule(server.add_deployment())
+    worker = LocalWorker("pool", settings=settings_for(server), script=script)
+    async with working(worker):
+        await failed.wait()
+        await anyio.wait_all_tasks_blocked()
+        worker.stop()
+        worker.stop()
+        state = await server.wait_state(id, "CRASHED", timeout=40)
+    assert "was not found" in str(state.message)

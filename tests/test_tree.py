@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import signal
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import anyio
@@ -833,3 +835,36 @@ def test_a_process_is_described_without_its_arguments(start: Start) -> None:
 
     assert describe(one.root) == f"{one.popen.pid} (sh)"
     assert describe(Process(NOBODY, 1.0)) == str(NOBODY)
+
+
+# When we cannot look
+
+
+def out_of_descriptors(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    real, left = os.open, itertools.count()
+
+    def refuse(path: Any, *args: Any, **options: Any) -> int:
+        if str(path).startswith("/proc") and next(left) < times:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+
+
+async def test_without_a_free_descriptor_nobody_is_taken_for_dead(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = start("sleep")
+    out_of_descriptors(monkeypatch, 2)
+
+    assert is_alive(one.root)
+    assert not send(one.root, signal.SIGTERM), "who cannot be verified is not signalled"
+    assert is_alive(one.root)
+
+
+async def test_a_scan_waits_for_a_free_descriptor(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = start("daemon", children=1)
+    out_of_descriptors(monkeypatch, 5)
+    await one.family().end(0.0)
+
+    assert one.alive == set()

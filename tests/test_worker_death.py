@@ -5,11 +5,13 @@ The table OUTCOMES says what is expected at each point; nothing runs twice, and 
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -285,3 +287,33 @@ def test_a_run_that_lives_in_another_container_is_left_alone_until_it_has_ended(
         worker.send(signal.SIGTERM)
         assert worker.wait() == 0
     assert scene.left == []
+
+
+def test_the_timeout_of_an_adopted_run_counts_from_its_start_and_is_told_as_it_was_given(scene: Scene) -> None:
+    scene.variables = {"grace_seconds": 0.2, "timeout_seconds": 3}
+    run = scene.schedule({"do": "sleep", "term": "die"})
+    scene.die("running", "adopt", run)
+
+    with scene.successor() as worker:
+        state = scene.server.wait_state(run, "CRASHED", timeout=30)
+        worker.send(signal.SIGTERM)
+        assert worker.wait() == 0
+    assert state.name == "TimedOut"
+    assert "timeout of 3 s" in str(state.message)
+
+
+def test_a_claim_that_is_carried_out_after_its_worker_died_is_not_lost(scene: Scene) -> None:
+    """The server had not answered; then the proposal is made again under the same id, which cannot count twice."""
+    run = scene.schedule(COMPLETES)
+    scene.die("before claim", "adopt", run)
+    (page,) = (scene.home / "runs").iterdir()
+    claim = json.loads((page / "run.json").read_text())["transition_id"]
+    late = threading.Timer(1.0, scene.server.set_state, (run, "PENDING"), {"force": False, "transition_id": claim})
+    late.start()
+    with scene.successor() as worker:
+        scene.server.wait_state(run, "COMPLETED", timeout=30)
+        eventually(lambda: not list((scene.home / "runs").glob("*")), "no run directory is left")
+        worker.send(signal.SIGTERM)
+        assert worker.wait() == 0
+    late.join()
+    assert scene.executions == 1

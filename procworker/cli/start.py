@@ -94,7 +94,8 @@ async def _start(settings: Settings, arguments: argparse.Namespace) -> int:
 
     from procworker.cli.common import embedded, say, signals_counted, wait_for_server
     from procworker.cli.errors import FAILED, UNKILLED
-    from procworker.system.subreaper import subreaper
+    from procworker.process import ProcessWorker
+    from procworker.system.subreaper import adoption, subreaper
 
     worker: Any = None
 
@@ -113,6 +114,8 @@ async def _start(settings: Settings, arguments: argparse.Namespace) -> int:
             if arguments.run_once and settings.api_url:
                 await wait_for_server(settings, arguments.startup_timeout)
             worker = await _build(settings, arguments)
+            if type(worker) is not ProcessWorker:  # what it starts in a session of its own is no orphan
+                adoption.give_up()
             await worker.start(arguments.run_once, arguments.with_healthcheck, printer=say)
     if starting.cancelled_caught:
         return 0

@@ -15,6 +15,7 @@ import logging
 import os
 import shutil
 import socket
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -102,7 +103,11 @@ class Page:
 
     def remove(self) -> None:
         """The run is over and reported."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        # Whatever is left of it when we are broken off is cleared away in time.
+        gone = self.path.with_name(NEW + self.path.name)
+        with suppress(OSError):
+            self.path.rename(gone)
+        shutil.rmtree(gone if gone.exists() else self.path, ignore_errors=True)
         self._closed(self)
 
 
@@ -129,7 +134,7 @@ class Journal:
             self._hold()
             path = self._home / "runs" / name
             new = path.with_name(NEW + name)
-            new.mkdir(mode=0o700, parents=True)
+            _make_private(new)
             _write(new, data)
             new.rename(path)
         except OSError as error:
@@ -148,17 +153,23 @@ class Journal:
 
         What is corrupt, newer, somebody else's or of another place is left alone; each is named once.
         """
-        return [
-            page
-            for path, data in self._left_behind()
-            if data.get("api") == api and data.get("pool") in (pool, None) and (page := self._take(path, data))
-        ]
+        return self._take_all(lambda data: data.get("api") == api and data.get("pool") in (pool, None))
 
     def take_over_from(self, owner: str) -> list[Page]:
-        """Make the pages of one dead worker our own."""
-        return [
-            page for path, data in self._left_behind() if data["owner"] == owner and (page := self._take(path, data))
-        ]
+        """Make the pages of one dead worker our own, but for those that the next start shall go on with."""
+        return self._take_all(lambda data: data["owner"] == owner and data.get("orphans") != "adopt")
+
+    def _take_all(self, is_wanted: Callable[[JSON], bool]) -> list[Page]:
+        """Take everything of a dead worker under one lock: whoever gets it, nothing is overlooked or taken twice."""
+        left: dict[str, list[Path]] = {}
+        for path, data in self._left_behind():
+            if is_wanted(data) and not self._is_of_other_host(path, data):
+                left.setdefault(data["owner"], []).append(path)
+        pages = []
+        for owner, paths in left.items():
+            with self._locked(owner) as locked:
+                pages += [page for path in paths if locked and (page := self._take(path, owner))]
+        return pages
 
     def is_dead(self, owner: str) -> bool:
         """Has this worker let go of what it owned?"""
@@ -176,9 +187,13 @@ class Journal:
 
     def _hold(self) -> None:
         """Show that we live."""
+        place = self._home / "workers" / self.owner
+        if self._lock >= 0 and not _is_at(self._lock, place):  # somebody has cleared the state directory away
+            os.close(self._lock)
+            self._lock = -1
         if self._lock < 0:
-            (self._home / "workers").mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock = os.open(self._home / "workers" / self.owner, os.O_RDWR | os.O_CREAT, 0o600)
+            _make_private(place.parent)
+            self._lock = os.open(place, os.O_RDWR | os.O_CREAT, 0o600)
             try_lock(self._lock)
 
     def _forget(self, page: Page) -> None:
@@ -208,29 +223,34 @@ class Journal:
                 if data["owner"] != self.owner:
                     yield path, data
 
-    def _take(self, path: Path, seen: JSON) -> Page | None:
-        """Become the owner of a record whose owner is dead; None when it lives or somebody else was faster."""
-        with self._locked(seen["owner"]) as locked:
-            try:
-                if not locked or (data := _read(path))["owner"] != seen["owner"] or self._is_elsewhere(path, data):
-                    return None
-                self._hold()
-                page = Page(path, data, self._forget)
-                page.write(owner=self.owner)
-                if _read(path)["owner"] != self.owner:  # it could not be written
-                    return None
-            except (OSError, ValueError) as error:
-                self._complain(path.name, "%s is left alone: %s", path, error)
+    def _take(self, path: Path, owner: str) -> Page | None:
+        """Become the owner of a record whose dead owner's lock we hold; None when somebody else was faster."""
+        try:
+            data = _read(path)
+            # A second record of the same run waits for the next start.
+            if data["owner"] != owner or data["flow_run_id"] in self._pages or self._is_in_other_container(path, data):
                 return None
-        self._pages[str(data["flow_run_id"])] = page
+            self._hold()
+            page = Page(path, data, self._forget)
+            page.write(owner=self.owner)
+            if _read(path)["owner"] != self.owner:  # it could not be written
+                return None
+        except (OSError, ValueError) as error:
+            self._complain(path.name, "%s is left alone: %s", path, error)
+            return None
+        self._pages[data["flow_run_id"]] = page
         return page
 
-    def _is_elsewhere(self, path: Path, data: JSON) -> bool:
+    def _is_of_other_host(self, path: Path, data: JSON) -> bool:
+        """Its lock may mean nothing here: not even touched."""
+        if data["place"]["host"] == here()["host"]:
+            return False
+        self._complain(path.name, "%s is left alone: it belongs to host %r", path, data["place"]["host"])
+        return True
+
+    def _is_in_other_container(self, path: Path, data: JSON) -> bool:
         """May its processes live where we cannot see them?"""
         place, now = data["place"], here()
-        if place["host"] != now["host"]:
-            self._complain(path.name, "%s is left alone: it belongs to host %r", path, place["host"])
-            return True
         if place["boot"] != now["boot"] or place["namespace"] == now["namespace"]:
             return False
         # Another container of this host, or an earlier life of our own. What the run started holds its output locked.
@@ -244,7 +264,7 @@ class Journal:
         """Hold a dead worker's lock, and clear it away when nothing is left to be had with it."""
         place = self._home / "workers" / owner
         try:
-            place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _make_private(place.parent)
             descriptor = os.open(place, os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
             self._complain("workers", "Nothing of dead workers can be taken over: %s", error)
@@ -252,9 +272,7 @@ class Journal:
             return
         try:
             held = try_lock(descriptor)
-            with suppress(FileNotFoundError):
-                held = held and os.fstat(descriptor).st_ino == place.stat().st_ino
-            yield held
+            yield (held := held and _is_at(descriptor, place))
             if held:
                 place.unlink(missing_ok=True)
         finally:
@@ -270,6 +288,8 @@ def _read(path: Path) -> JSON:
     """Read a record; ValueError says why it cannot be ours to judge."""
     file = path / "run.json"
     status = file.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("its run.json is no file")
     if hasattr(os, "getuid") and status.st_uid != os.getuid():
         raise ValueError("it belongs to another user")
     if status.st_size > LARGEST:
@@ -284,7 +304,17 @@ def _read(path: Path) -> JSON:
             raise ValueError(f"its run.json has no {key}")
     if not data["owner"].isalnum():
         raise ValueError("its owner is no name")
+    if not {"host", "boot", "namespace"} <= data["place"].keys():
+        raise ValueError("its place is none")
     return data
+
+
+def _make_private(path: Path) -> None:
+    """Make a directory and what is missing above it, for ourselves alone whatever our umask is."""
+    missing = [place for place in (path, *path.parents) if not place.exists()]
+    for place in reversed(missing):
+        with suppress(FileExistsError):
+            place.mkdir(mode=0o700)
 
 
 def _write(path: Path, data: JSON) -> None:
@@ -294,6 +324,14 @@ def _write(path: Path, data: JSON) -> None:
     with open(descriptor, "w") as file:
         json.dump(data, file)
     new.replace(path / "run.json")
+
+
+def _is_at(descriptor: int, place: Path) -> bool:
+    """Is the open file still the one that has this name?"""
+    try:
+        return os.path.samestat(os.fstat(descriptor), place.stat())
+    except OSError:
+        return False
 
 
 def _is_locked(path: Path) -> bool:

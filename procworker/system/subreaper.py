@@ -36,6 +36,11 @@ class Adoption:
         finally:
             self._spawning -= 1
 
+    def give_up(self) -> None:
+        """From now on our children are none of its business."""
+        self.on = self.may_kill = False
+        _set(False)
+
     def disown(self, pid: int) -> None:
         """It was waited for: the pid may now be anybody's."""
         self._own.discard(pid)
@@ -91,8 +96,7 @@ async def subreaper() -> AsyncIterator[None]:
             yield
             tasks.cancel_scope.cancel()
     finally:
-        adoption.on = adoption.may_kill = False
-        _set(False)
+        adoption.give_up()
 
 
 async def _reap() -> None:

@@ -8,6 +8,7 @@ taken for it.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -27,6 +28,7 @@ COOKIE = "PROCWORKER_RUN"
 """Name of the environment variable that marks everything a run started."""
 
 KILL_SECONDS = 5.0
+LOOKS, LOOK_PAUSE_SECONDS = 100, 0.1
 _DEAD = {b"Z", b"X"}
 _MARK = f"\0{COOKIE}=".encode()
 _PIECE = 16 * 1024
@@ -67,7 +69,10 @@ def is_touchable(process: Process) -> bool:
 
 def is_alive(process: Process) -> bool:
     """Is exactly this process still there? A zombie is dead."""
-    return identify(process.pid) == process
+    try:
+        return identify(process.pid) == process
+    except OSError:  # who cannot be looked at is not gone
+        return True
 
 
 def send(process: Process, signum: int) -> bool:
@@ -80,7 +85,7 @@ def send(process: Process, signum: int) -> bool:
         # and some containers have none; without it the check alone must do.
         with suppress(AttributeError, OSError):
             handle = os.pidfd_open(process.pid)
-        if not is_alive(process):
+        if identify(process.pid) != process:  # raises where it cannot be looked at: then it is not signalled
             return False
         if handle >= 0:
             signal.pidfd_send_signal(handle, signum)
@@ -98,7 +103,9 @@ def _read(path: str) -> bytes | None:
     """Read a file below /proc: thousands of them at a time, hence by hand."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):  # it is we who cannot look
+            raise
         return None
     try:
         data = piece = os.read(descriptor, _PIECE)
@@ -198,12 +205,20 @@ class Lookout:
     def look_now(self) -> Snapshot:
         return Snapshot(self._scan())
 
+    async def _look_patiently(self) -> Snapshot:
+        """Too many open files, ours or the system's, are waited for a while."""
+        for _ in range(LOOKS):
+            with suppress(OSError):
+                return self.look_now()
+            await anyio.sleep(LOOK_PAUSE_SECONDS)
+        return self.look_now()
+
     async def look(self) -> Snapshot:
         turn = self._turn
         await anyio.lowlevel.checkpoint()
         if not turn:
             self._turn = []
-            turn.append(self.look_now())
+            turn.append(await self._look_patiently())
         return turn[0]
 
 
@@ -227,15 +242,15 @@ class Family:
         self._lookout = Lookout(scan) if scan else _lookout
         self._known = {root}
         self._session_open = True
-        self._is_ending = False
+        self.is_ending = False
         self._lock = anyio.Lock()
         self._deadline = float("inf")
         _families.add(self)
 
     def close(self) -> None:
         """The run is over: what comes up now is not its work, and what may stay of it is spared for good."""
-        if adoption.may_kill and not self._is_ending:
-            self._is_ending = True
+        if adoption.may_kill and not self.is_ending:
+            self.is_ending = True
             _spared.update(self.members())
         _families.discard(self)
 
@@ -278,7 +293,7 @@ class Family:
             adoption.may_kill
             and entry.process not in _spared
             and adoption.holds(pid, entry.parent, entry.session)
-            and all(other._is_ending or other.root.start > entry.process.start for other in _families)
+            and all(other.is_ending or other.root.start > entry.process.start for other in _families)
         )
 
     async def end(self, grace: float, settle: float = 0.0, *, hurry: bool = True) -> None:
@@ -287,7 +302,7 @@ class Family:
         `settle` is how long members may take to leave by themselves before anything is sent. While another call is
         under way, this one shortens its grace (or, without `hurry`, waits for it) and then ends what is left.
         """
-        self._is_ending = True
+        self.is_ending = True
         if hurry:
             self._deadline = min(self._deadline, anyio.current_time() + settle + grace)
         async with self._lock:
