@@ -5,12 +5,13 @@ import json
 import os
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from procworker.errors import ProcworkerError
-from scripts.benchmarks import cancel, cold, figures, footprint, lab
+from scripts.benchmarks import cancel, cold, figures, footprint, lab, scan
 
-SUBJECTS = {"cancel": cancel, "cold": cold, "footprint": footprint}
+SUBJECTS = {"cancel": cancel, "cold": cold, "footprint": footprint, "scan": scan}
 """Modules with a docstring and measure(lab, arguments) -> rows made by figures.compare."""
 
 
@@ -27,13 +28,14 @@ def main() -> None:
         signal.signal(number, interrupt)
     module = SUBJECTS[arguments.subject]
     try:
-        with lab.opened(arguments.prefect) as bench:
+        with nullcontext() if module is scan else lab.opened(arguments.prefect) as bench:
             rows = module.measure(bench, arguments)
     except ProcworkerError as error:
         sys.exit(f"scripts/bench: {error}")
-    print(module.__doc__, figures.table(rows, bench.prefect), sep="\n")
+    prefect = bench.prefect if bench else "-"
+    print(module.__doc__, figures.table(rows, prefect), sep="\n")
     if arguments.json:
-        arguments.json.write_text(json.dumps({"prefect": bench.prefect, "python": sys.version, "rows": rows}))
+        arguments.json.write_text(json.dumps({"prefect": prefect, "python": sys.version, "rows": rows}))
 
 
 def interrupt(*_: object) -> None:
