@@ -40,6 +40,7 @@ async def main():
     family.members()
     ours.kill()
     ours.wait()
+    time.sleep(0.05)  # start times are counted in hundredths of a second
     while (stranger := start()).pid != root.pid:
         stranger.kill()
         stranger.wait()
