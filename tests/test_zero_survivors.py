@@ -193,8 +193,8 @@ def test_nothing_is_left(scene: Scene, record_property: Callable[[str, object], 
         began = time.monotonic()
 
     spared = UNCOVERED.get(scene.ending, set())
-    # `start` stops politely for 10 s at most before it kills.
-    patience = PATIENCE + 10 if scene.ending == "stopped twice" else PATIENCE
+    # Who ends a run that nobody cancelled gives it 10 s, whatever its own grace is.
+    patience = PATIENCE + 10 if scene.ending in ("stopped twice", "killed") else PATIENCE
     eventually(
         lambda: scene.look() or (set(scene.alive) <= spared and not scene.marked),
         lambda: f"left: {scene.alive} {scene.marked}",
