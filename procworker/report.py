@@ -12,6 +12,9 @@ from procworker.outcome import Facts, carries_id, decide, owns
 from procworker.server.client import Client
 from procworker.server.models import State, new_state
 
+REFUSALS = 3
+"""How often the history of a run may be refused before its report is given up."""
+
 
 class Report:
     """One run's report. The decision is made at delivery, from what then stands on the server (contract 0).
@@ -25,6 +28,7 @@ class Report:
         self.claim = claim
         self.facts = facts
         self.proposal_id = proposal_id
+        self._refusals = 0
 
     async def deliver(self, client: Client, log: RunLogger) -> State | None:
         """Return the run's final state (or what it is left in); None when it is not ours to report any more.
@@ -33,7 +37,10 @@ class Report:
         """
         try:
             history = await client.read_flow_run_states(self.flow_run_id)
-        except Rejected as error:  # no server refuses that: it is no word about the run
+        except Rejected as error:  # no server refuses that for good: it is no word about the run
+            self._refusals += 1
+            if self._refusals > REFUSALS:
+                raise
             raise Unreachable(str(error), error.status_code) from error
         if not owns(history, self.claim):
             log.info("Flow run %r was deleted or started again elsewhere", self.name)
