@@ -8,7 +8,7 @@ import tempfile
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from strategies import World, run, with_angles, worlds
 
@@ -73,6 +73,8 @@ EXAMPLES = settings(max_examples=800 * MORE, deadline=None, suppress_health_chec
 def test_a_configuration_is_what_prefect_makes_of_template_and_values(
     job: Any, schema: Any, values: Any, world: Any
 ) -> None:
+    # There Prefect fails by accident (a TypeError), even when the text stands for a mapping.
+    assume(not (isinstance(job.get("env"), dict) and isinstance(schema.get("env", {}).get("default"), str)))
     ours = outcome(BaseJobConfiguration, job, schema, values, world, MISSING_HERE)
 
     assert ours == outcome(Theirs, job, schema, values, world, MISSING_THERE)

@@ -408,7 +408,7 @@ def test_an_outage_during_ten_runs_costs_no_flow_and_no_report(place: Place, pre
             played.run(plain, f"completes {number}", do="complete")
             played.run(plain, f"exits {number}", do="exit")
         before = [played.run(plain, f"cancelled before {number}", do="exit", term="ignore") for number in range(2)]
-        during = played.run(plain, "cancelled during it", do="sleep", term="die")
+        during = played.run(plain, "cancelled during it", do="sleep", seconds=36000, term="die")
         worker = played.start(behind, "--name", "cut off", **CALM)
         eventually(lambda: len(played.executions()) == 9, what="nine flows run")
         for run in before:
