@@ -13,10 +13,8 @@ from typing import Protocol
 import anyio
 import anyio.lowlevel
 
-from procworker.system.printer import PRINTER, print_line
+from procworker.system.printer import PRINTER
 from procworker.system.spool import CAP, Spool
-
-__all__ = ["Follower", "Mask", "Outputs", "Sink", "print_line"]
 
 TAIL_LINES = 20
 POLL_SECONDS = 0.1
