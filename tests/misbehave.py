@@ -219,13 +219,17 @@ def keep_stdout(code: str = "0") -> None:
 @mode
 def nohup() -> None:
     """Leave a background child that ignores HUP and TERM; end with 0."""
-    deaf = "signal.signal(15, signal.SIG_IGN); print('DEAF', flush=True)"
-    code = f"import signal, time; {deaf}; time.sleep({FOREVER})"
-    child = start(["nohup", sys.executable, "-S", "-E", "-c", code], stdout=subprocess.PIPE)
-    assert child.stdout
-    child.stdout.readline()
+    _start_deaf()
     ready()
     os._exit(0)
+
+
+@mode
+def deaf_child() -> None:
+    """The same child, but wait; and die of the first signal."""
+    _start_deaf()
+    ready()
+    wait()
 
 
 @mode
@@ -316,6 +320,14 @@ def truncate_output() -> None:
     say("before")
     with open("/dev/stdout", "wb") as stdout:
         stdout.write(b"after\n")
+
+
+def _start_deaf() -> None:
+    deaf = "signal.signal(15, signal.SIG_IGN); print('DEAF', flush=True)"
+    code = f"import signal, time; {deaf}; time.sleep({FOREVER})"
+    child = start(["nohup", *SLEEP[:-1], code], stdout=subprocess.PIPE)
+    assert child.stdout
+    child.stdout.readline()
 
 
 def _busy() -> None:

@@ -12,6 +12,7 @@ from workers import LocalWorker, ScriptWorker, settings_for, working
 
 from procworker.configuration import BaseJobConfiguration
 from procworker.errors import ProcworkerError
+from procworker.outcome import Facts, Reason
 from procworker.server.client import Client
 from procworker.server.models import FlowRun
 
@@ -534,19 +535,22 @@ async def test_a_server_that_refuses_to_tell_the_history_for_once_costs_no_outco
 
 
 async def test_a_stop_does_not_replace_the_reason_of_a_run_that_has_failed_already(server: FakeServer) -> None:
-    failed = anyio.Event()
+    """Its record, too, goes on to say what was wrong: whoever reports it later has nothing else."""
+    reporting = anyio.Event()
 
     async def script(flow_run: FlowRun, configuration: Any) -> int:
-        server.fault("*", "flow_run", times=3, status=503)
-        failed.set()
+        server.fault("GET", "flow_run", times=3, status=503, when=lambda request: reporting.set() is None)
         raise ProcworkerError("The command 'x' was not found")
 
     id = server.schedule(server.add_deployment())
     worker = LocalWorker("pool", settings=settings_for(server), script=script)
     async with working(worker):
-        await failed.wait()
-        await anyio.wait_all_tasks_blocked()
-        worker.stop()
-        worker.stop()
+        await reporting.wait()
+        run = worker.runs[id]
+        await run.stop(Reason.STOPPED, "The worker was stopped")
         state = await server.wait_state(id, "CRASHED", timeout=40)
+
     assert "was not found" in str(state.message)
+    recorded = Facts.model_validate(run.page.data["facts"])
+    assert recorded.reason is None
+    assert "was not found" in str(recorded.failure)
