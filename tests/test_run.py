@@ -539,7 +539,7 @@ async def test_a_stop_does_not_replace_the_reason_of_a_run_that_has_failed_alrea
     reporting = anyio.Event()
 
     async def script(flow_run: FlowRun, configuration: Any) -> int:
-        server.fault("GET", "flow_run", times=3, status=503, when=lambda request: reporting.set() is None)
+        server.fault("GET", "flow_run", times=2, status=503, when=lambda request: reporting.set() is None)
         raise ProcworkerError("The command 'x' was not found")
 
     id = server.schedule(server.add_deployment())

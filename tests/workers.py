@@ -21,7 +21,11 @@ ENGINE = Path(__file__).with_name("engine.py")
 
 def settings_for(server: FakeServer, **environ: str) -> Settings:
     """Settings that know the server and poll it often."""
-    fast = {"PREFECT_WORKER_QUERY_SECONDS": "0.05", "PREFECT_CLIENT_MAX_RETRIES": "1"}
+    fast = {
+        "PREFECT_WORKER_QUERY_SECONDS": "0.05",
+        "PREFECT_CLIENT_MAX_RETRIES": "1",
+        "PREFECT_LOGGING_TO_API_BATCH_INTERVAL": "0.2",
+    }
     return Settings.load({"PREFECT_API_URL": server.url, **fast, **environ})
 
 
