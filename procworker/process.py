@@ -31,6 +31,7 @@ from procworker.system.journal import Journal, Page
 from procworker.system.output import Follower, Mask, Sink
 from procworker.system.printer import print_line
 from procworker.system.tree import COOKIE, Family, Process, age, describe, find_root, is_touchable
+from procworker.system.warm import Start, Warm
 from procworker.worker import BaseWorker
 
 SETTLE_SECONDS, LEFTOVER_GRACE_SECONDS = 0.5, 5.0
@@ -44,6 +45,7 @@ class ProcessJobConfiguration(BaseJobConfiguration):
     stream_output: bool = True
     working_dir: Path | None = None
     python: str | None = None
+    start_method: Literal["spawn", "fork"] = "spawn"
     timeout_seconds: float | None = Field(default=None, gt=0)
     grace_seconds: float | None = Field(default=None, ge=0)
     leftovers: Literal["kill", "allow"] = "kill"
@@ -55,6 +57,11 @@ class ProcessJobConfiguration(BaseJobConfiguration):
     def _base_flow_run_command(self) -> str:  # type: ignore[override]
         python = self._interpreter.path if self._interpreter else "python"
         return join_command([python, "-m", "prefect.engine"])
+
+    @property
+    def _is_forkable(self) -> bool:
+        wanted = self.start_method == "fork" and self._interpreter is not None
+        return wanted and self.command == self._base_flow_run_command()
 
 
 class ProcessVariables(BaseVariables):
@@ -70,6 +77,11 @@ class ProcessVariables(BaseVariables):
         default=None,
         title="Python",
         description="The Python that runs the flow: a path, a virtual environment or a tox environment directory.",
+    )
+    start_method: Literal["spawn", "fork"] = Field(
+        default="spawn",
+        title="Start Method",
+        description="How the engine is started: by a new Python, or by forking one that has imported it already.",
     )
     timeout_seconds: float | None = Field(
         default=None,
@@ -114,7 +126,7 @@ class ProcessWorker(BaseWorker[ProcessJobConfiguration, ProcessVariables, Proces
     type = "process"
     job_configuration = ProcessJobConfiguration
     job_configuration_variables = ProcessVariables
-    extra_variables = frozenset({"python", "timeout_seconds", "grace_seconds", "leftovers"})
+    extra_variables = frozenset({"python", "start_method", "timeout_seconds", "grace_seconds", "leftovers"})
     kept_fields = frozenset({"stream_output", "timeout_seconds", "grace_seconds", "leftovers"})
     ends_with_run = True
 
@@ -132,6 +144,7 @@ class ProcessWorker(BaseWorker[ProcessJobConfiguration, ProcessVariables, Proces
         self._sink = sink
         self._live: dict[str, Live] = {}
         self._control = Control()
+        self._warm = Warm(settings.state_home)
 
     async def setup(self) -> None:
         async with AsyncExitStack() as stack:
@@ -140,6 +153,7 @@ class ProcessWorker(BaseWorker[ProcessJobConfiguration, ProcessVariables, Proces
             if self._orphans == "kill":
                 heir = (self._settings, self._journal.owner, self.name)
                 stack.enter_context(dead_mans_switch(__name__, end_runs_of.__name__, heir))
+            await stack.enter_async_context(self._warm)
             await super().setup()
             stack.push_async_exit(self._stack)
             self._stack = stack.pop_all()
@@ -168,25 +182,23 @@ class ProcessWorker(BaseWorker[ProcessJobConfiguration, ProcessVariables, Proces
         page = self._journal.page(flow_run.id)
         session = self._control.session()
         env = {k: v for k, v in configuration.env.items() if v is not None}
+        secrets = secrets_in(env)
         try:
             argv = parse_command(configuration.command or configuration._base_flow_run_command())
             with _working_directory(configuration.working_dir, page) as cwd:
+                env |= {**session.environment, COOKIE: page.name}
+                start: Start = spawn
+                if configuration._is_forkable and configuration._interpreter:
+                    start = await self._warm.starter(configuration._interpreter, cwd, env)
                 # From the start of the process on somebody must know of it, whatever happens to us.
                 with anyio.CancelScope(shield=True):
                     try:
-                        child = await spawn(
-                            argv,
-                            cwd=cwd,
-                            env={**env, **session.environment, COOKIE: page.name},
-                            stdout=page.stdout,
-                            stderr=page.stderr,
-                        )
+                        child = await start(argv, cwd=cwd, env=env, stdout=page.stdout, stderr=page.stderr)
                     except Exception:
                         # It may have been started all the same: no thread could be had to wait for it.
                         if root := find_root(page.name):
                             await Family(root, page.name).end(0.0)
                         raise
-                    secrets = secrets_in(env)
                     known = {"process": child.identity, "secrets": bool(secrets - self._settings.secrets())}
                     page.write(phase="running", infrastructure={**_infrastructure(page), **known})
                     live = self._live[str(child.pid)] = Live(child, Family(child.identity, page.name), session)

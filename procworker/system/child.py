@@ -7,15 +7,14 @@ import os
 import shlex
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import anyio
 import psutil
-from anyio.abc import Process as Spawned
 
 from procworker.errors import ConfigurationError, SpawnError
 from procworker.system.journal import try_lock
@@ -23,14 +22,17 @@ from procworker.system.subreaper import adoption
 from procworker.system.tree import Process, identify, is_alive
 
 ADOPTED_POLL_SECONDS = 0.25
+WARM = "PROCWORKER_WARM"
+"""Stands in the environment that others see of a fork: it is not the fork's own."""
 
 
 @dataclass(frozen=True)
 class Child:
-    """The first process of a run: one that this worker started, or one that it adopted."""
+    """The first process of a run: one that this worker started, in whatever way, or one that it adopted."""
 
     identity: Process
-    _spawned: Spawned | None = None
+    _exit: Callable[[], Awaitable[int | None]] | None = None
+    """Waits for its exit code, or for the end of whoever could have told it: None."""
 
     @property
     def pid(self) -> int:
@@ -39,21 +41,19 @@ class Child:
     async def wait(self) -> int | None:
         """Wait for the exit and return its code; minus the signal's number when a signal ended it.
 
-        An adopted process tells nobody its code: None.
+        Of a process that is not our child nobody may be left to tell the code: None.
         """
-        if self._spawned is not None:
-            code = await self._spawned.wait()
-            adoption.disown(self.pid)
-            return code
-        while is_alive(self.identity):  # noqa: ASYNC110 - the kernel tells only parents
+        code = await self._exit() if self._exit else None
+        while code is None and is_alive(self.identity):  # noqa: ASYNC110 - the kernel tells only parents
             await anyio.sleep(ADOPTED_POLL_SECONDS)
-        return None
+        adoption.disown(self.pid)
+        return code
 
     def environment(self) -> dict[str, str]:
         """Return the environment it was started with, as far as it can be read."""
         with suppress(psutil.Error, OSError):
-            if is_alive(self.identity):
-                return psutil.Process(self.pid).environ()
+            if is_alive(self.identity) and WARM not in (environ := psutil.Process(self.pid).environ()):
+                return environ
         return {}
 
 
@@ -84,22 +84,12 @@ async def spawn(argv: Sequence[str], *, cwd: Path, env: Mapping[str, str], stdou
 
     Raises SpawnError with a sentence that says what is wrong.
     """
-    if not os.path.isdir(cwd):  # unlike Path's, this one never raises
-        what = "is not a directory" if os.path.exists(cwd) else "does not exist"
-        raise SpawnError(f"The working directory {str(cwd)!r} {what}.")
-    for name, value in env.items():
-        if not name or "=" in name or "\0" in name + value:
-            raise SpawnError(f"The environment variable {name!r} has a character that no environment can hold.")
+    check(cwd, env)
     group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", None)  # on Windows
     flags: dict[str, Any] = {"creationflags": group} if group else {}
-    out = err = -1
     try:
-        out, err = _open_private(stdout), _open_private(stderr)
-        # The locks belong to what the child inherits: as long as it lives, other containers see that it does.
-        try_lock(out)
-        try_lock(err)
         # A cancelled open_process cleans up after itself, but the lines after it must not be cut off.
-        with anyio.CancelScope(shield=True), adoption.spawning() as own:
+        with opened(stdout, stderr) as (out, err), anyio.CancelScope(shield=True), adoption.spawning() as own:
             spawned = await anyio.open_process(
                 list(argv),
                 stdin=subprocess.DEVNULL,
@@ -113,16 +103,37 @@ async def spawn(argv: Sequence[str], *, cwd: Path, env: Mapping[str, str], stdou
             own.add(spawned.pid)
     except (OSError, ValueError) as error:
         raise SpawnError(_explain(error, argv, env)) from error
+    return child_of(spawned.pid, spawned.wait)
+
+
+def child_of(pid: int, exit: Callable[[], Awaitable[int | None]]) -> Child:
+    # One that has ended and was reaped already has no start time any more.
+    return Child(identify(pid, dead=True) or Process(pid, -1.0), exit)
+
+
+def check(cwd: Path, env: Mapping[str, str]) -> None:
+    """Raise SpawnError where no process can be started in this directory or with this environment."""
+    if not os.path.isdir(cwd):  # unlike Path's, this one never raises
+        what = "is not a directory" if os.path.exists(cwd) else "does not exist"
+        raise SpawnError(f"The working directory {str(cwd)!r} {what}.")
+    for name, value in env.items():
+        if not name or "=" in name or "\0" in name + value:
+            raise SpawnError(f"The environment variable {name!r} has a character that no environment can hold.")
+
+
+@contextmanager
+def opened(*paths: Path) -> Iterator[list[int]]:
+    """Open private files to append to, for a child to inherit."""
+    handles: list[int] = []
+    try:
+        for path in paths:
+            handles.append(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600))
+            # The lock belongs to what the child inherits: as long as it lives, other containers see that it does.
+            try_lock(handles[-1])
+        yield handles
     finally:
-        for handle in (out, err):
-            if handle >= 0:
-                os.close(handle)
-    # A child that has ended and was reaped already has no start time any more.
-    return Child(identify(spawned.pid, dead=True) or Process(spawned.pid, -1.0), spawned)
-
-
-def _open_private(path: Path) -> int:
-    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        for handle in handles:
+            os.close(handle)
 
 
 def _explain(error: Exception, argv: Sequence[str], env: Mapping[str, str]) -> str:

@@ -1,0 +1,338 @@
+"""An interpreter that has imported what Prefect's engine needs, and forks one process per flow run on request.
+
+It is run by the Python of the flows, by path, and needs nothing but that Python's standard library. Its standard input
+is a Unix socket to the worker:
+
+    worker:  one line of JSON, the terms; then "fork" lines, each with the descriptors of stdout, stderr and an order
+    zygote:  {"ready": {path: mtime}} or {"failed": why}; {"forked": pid} or {"refused": why} to each "fork";
+             {"ended": pid, "code": code} when one has ended; {"learnt": [module]} when there is more to import
+
+The end of the socket is the end of the zygote; what it has forked goes on.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import importlib.util
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from types import ModuleType
+from typing import Any
+
+ENGINE = "prefect.engine"
+FIRST = ("prefect", ENGINE, "prefect.flow_engine")
+"""What is imported before anything was learnt; the last of them is none of Prefect 2."""
+
+
+class Refused(Exception):
+    """A fork would not be the same as a new interpreter."""
+
+
+class Zygote:
+    """`serve` returns in a child alone: with the order that it is to carry out, and the descriptors that came along."""
+
+    def __init__(self, channel: socket.socket, terms: dict[str, Any]) -> None:
+        self.channel = channel
+        self.mark, self.known, self.idle = terms["mark"], terms["modules"], terms["idle"]
+        self.slot = find_mark(self.mark)
+        self.children: dict[int, int] = {}  # pid -> the file that it names its modules in
+        self.closure: set[str] | None = None
+        self.failed: set[str] = set()
+
+    def serve(self) -> tuple[dict[str, Any], list[int]]:
+        """Answer until the worker hangs up, or has wanted nothing for a while."""
+        self.woken, self.wake = os.pipe()
+        os.set_blocking(self.woken, False)
+        os.set_blocking(self.wake, False)
+        self.handler = signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(self.wake, warn_on_full_buffer=False)
+        self.warm_up()
+        self.say(ready=stamps())
+        asked = time.monotonic()
+        while True:
+            left = None if self.children else max(0.0, asked + self.idle - time.monotonic())
+            if left == 0.0:
+                os._exit(0)
+            ready, _, _ = select.select([self.channel.fileno(), self.woken], [], [], left)
+            if self.woken in ready:
+                while select.select([self.woken], [], [], 0)[0]:
+                    os.read(self.woken, 4096)
+                self.reap()
+            if self.channel.fileno() in ready:
+                said, handles, _, _ = socket.recv_fds(self.channel, 4096, 3)
+                if not said:
+                    os._exit(0)
+                asked = time.monotonic()
+                pid, order = self.fork(handles[-1])
+                if pid == 0:
+                    return order, handles
+                for handle in handles:
+                    os.close(handle)
+
+    def say(self, **what: object) -> None:
+        self.channel.sendall(json.dumps(what).encode() + b"\n")
+
+    def warm_up(self) -> None:
+        """Import what an engine needs, but for its first module: that one will be `__main__`."""
+        importlib.import_module(FIRST[0])
+        beforehand = ENGINE in sys.modules
+        for name in FIRST[1:]:
+            if importlib.util.find_spec(name):
+                importlib.import_module(name)
+        self.load(self.known)
+        spec: Any = importlib.util.find_spec(ENGINE)
+        self.main = spec, spec.loader.get_code(ENGINE)
+        if not beforehand:
+            del sys.modules[ENGINE]
+            vars(sys.modules[FIRST[0]]).pop("engine", None)
+        self.settle()
+
+    def load(self, names: list[str]) -> None:
+        for name in names:
+            try:
+                importlib.import_module(name)
+            except BaseException:  # a flow had it; without it there is just no more to be gained
+                self.failed.add(name)
+
+    def settle(self) -> None:
+        """What is here stays: forks share it as long as the collector leaves it alone."""
+        gc.collect()
+        gc.freeze()
+        self.modules = set(sys.modules)
+
+    def fork(self, file: int) -> tuple[int, dict[str, Any]]:
+        """Fork, if that is as good as a new interpreter; return a pid (of nothing, where it is not) and the order."""
+        with open(os.dup(file), encoding="ascii") as text:
+            order = json.load(text)
+        try:
+            if others := threads():
+                raise Refused(f"it has other threads: {others}")
+            if len(order["mark"]) != len(self.mark):
+                raise Refused("its mark does not fit")
+            order["learning"] = memory()
+            pid = os.fork()
+        except (Refused, OSError) as error:
+            self.say(refused=str(error))
+            return -1, order
+        if pid:
+            self.children[pid] = order["learning"]
+            self.say(forked=pid)
+        return pid, order
+
+    def leave(self, order: dict[str, Any], out: int, err: int, *others: int) -> None:
+        """In the child: let go of all that is the zygote's."""
+        os.setsid()
+        write_mark(self.slot, order["mark"])
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, self.handler)
+        os.dup2(out, 1)
+        os.dup2(err, 2)
+        for handle in (out, err, *others, self.woken, self.wake, *self.children.values()):
+            os.close(handle)
+        self.channel.close()
+
+    def reap(self) -> None:
+        learnt: list[str] = []
+        for pid, file in list(self.children.items()):
+            found, status = os.waitpid(pid, os.WNOHANG)
+            if found:
+                del self.children[pid]
+                self.say(ended=pid, code=os.waitstatus_to_exitcode(status))
+                learnt += self.read(file)
+        if learnt and not self.children:  # nobody waits for us now
+            self.learn(learnt)
+
+    def read(self, file: int) -> list[str]:
+        """Return what an engine has imported beyond what is here."""
+        with open(file, "rb") as names:
+            names.seek(0)
+            return names.read().decode().split()
+
+    def learn(self, names: list[str]) -> None:
+        """Import what belongs to Prefect, and what it requires; nothing that is only some flow's."""
+        known = self.modules | self.failed | {ENGINE}
+        names = [name for name in dict.fromkeys(names) if name not in known]
+        if not names:
+            return
+        if self.closure is None:
+            self.closure = closure()
+        self.failed.update(name for name in names if name.partition(".")[0] not in self.closure)
+        if new := [name for name in names if name not in self.failed]:
+            self.load(new)
+            self.settle()
+            self.say(learnt=[name for name in new if name not in self.failed])
+
+
+def become(order: dict[str, Any], zygote: Zygote) -> tuple[Any, ModuleType]:
+    """Be in this process what a new interpreter would be, and return what to execute as `__main__`."""
+    environment = order["env"]
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(order["cwd"])
+    spec, code = zygote.main
+    sys.argv = [spec.origin]
+    if not getattr(sys.flags, "safe_path", False):
+        sys.path[0] = os.getcwd()
+    importlib.invalidate_caches()
+    if hasattr(time, "tzset"):
+        time.tzset()
+    if "tempfile" in sys.modules:
+        vars(sys.modules["tempfile"])["tempdir"] = None
+    if "multiprocessing.process" in sys.modules:
+        process: Any = sys.modules["multiprocessing.process"]
+        process.ORIGINAL_DIR = os.getcwd()
+        process.current_process().authkey = os.urandom(32)
+    if "numpy.random" in sys.modules:  # the standard library's generator sees to itself
+        sys.modules["numpy.random"].seed()
+    learn_at_exit(order["learning"], zygote.modules)
+    main: Any = ModuleType("__main__")
+    main.__spec__, main.__file__, main.__cached__ = spec, spec.origin, spec.cached
+    main.__loader__, main.__package__ = spec.loader, spec.parent
+    sys.modules["__main__"] = main
+    return code, main
+
+
+def learn_at_exit(file: int, known: set[str]) -> None:
+    """Name the modules of this run; of all that is done at exit this is the last."""
+    import atexit
+
+    pid, status = os.getpid(), os.fstat(file)
+
+    def tell() -> None:
+        try:
+            # Another process of the run has nothing to say, and what a flow has closed may be another file now.
+            if os.getpid() == pid and os.path.samestat(os.fstat(file), status):
+                os.write(file, " ".join(name for name in list(sys.modules) if name not in known).encode())
+        except OSError:
+            pass
+
+    atexit.register(tell)
+
+
+def threads() -> str:
+    """The other threads of this process; forking would lose them, and whatever they hold."""
+    try:
+        count = len(os.listdir("/proc/self/task")) - 1
+    except OSError:
+        count = threading.active_count() - 1
+    names = [thread.name for thread in threading.enumerate() if thread is not threading.current_thread()]
+    return ", ".join(names) or str(count) if count else ""
+
+
+def memory() -> int:
+    """A file without a name."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("modules")
+    import tempfile
+
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def find_mark(mark: str) -> tuple[int, int]:
+    """Where in memory the environment that this process was started with has its mark: others look there."""
+    import ctypes
+
+    getenv = ctypes.CDLL(None).getenv
+    getenv.restype = ctypes.c_void_p
+    name, value = mark.split("=", 1)
+    slot = getenv(name.encode()), len(value)
+    if slot[0] is None or value.encode() not in environment():
+        raise Refused("its environment cannot be found")
+    write_mark(slot, f"{name}={value[::-1]}")
+    if value[::-1].encode() not in environment():
+        raise Refused("its environment cannot be marked")
+    write_mark(slot, mark)
+    return slot
+
+
+def environment() -> bytes:
+    with open("/proc/self/environ", "rb") as file:
+        return file.read()
+
+
+def write_mark(slot: tuple[int, int], mark: str) -> None:
+    import ctypes
+
+    address, length = slot
+    value = mark.split("=", 1)[1].encode()
+    ctypes.memmove(address, value, length)
+
+
+def stamps() -> dict[str, int]:
+    """What on disk must not change: the interpreter, Prefect, and what is installed beside it."""
+    from importlib.metadata import distribution
+
+    init = str(sys.modules["prefect"].__file__)
+    package = os.path.dirname(init)
+    paths = [sys.executable, os.path.realpath(sys.executable), init, package, os.path.dirname(package)]
+    paths.append(str(distribution("prefect").locate_file("")))
+    return {path: os.stat(path).st_mtime_ns for path in paths}
+
+
+def closure() -> set[str]:
+    """The top-level names of Prefect and of all that it requires."""
+    import re
+    from importlib.metadata import PackageNotFoundError, distribution
+
+    names: set[str] = set()
+    todo, seen = ["prefect"], set()
+    while todo:
+        name = re.sub(r"[-_.]+", "-", todo.pop()).lower()
+        if name in seen:
+            continue
+        seen.add(name)
+        try:
+            found = distribution(name)
+        except PackageNotFoundError:  # not for this system
+            continue
+        required = [line for line in found.requires or () if "extra ==" not in line]
+        todo += [match.group() for line in required if (match := re.match(r"[\w.-]+", line))]
+        listed = found.read_text("top_level.txt")
+        if listed is not None:
+            names.update(listed.split())
+        else:
+            names.update(str(path).split("/")[0].removesuffix(".py") for path in found.files or ())
+    return names
+
+
+def read_line(channel: socket.socket) -> bytes:
+    line = b""
+    while not line.endswith(b"\n"):
+        piece = channel.recv(65536)
+        if not piece:
+            os._exit(0)
+        line += piece
+    return line
+
+
+def main() -> tuple[Any, ModuleType]:
+    """Be a zygote; return, in each child, what to execute and where."""
+    channel = socket.socket(fileno=os.dup(0))
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+    if not getattr(sys.flags, "safe_path", False):
+        sys.path[0] = os.getcwd()  # as `python -m` has it
+    try:
+        zygote = Zygote(channel, json.loads(read_line(channel)))
+        order, handles = zygote.serve()
+    except Exception as error:
+        try:
+            channel.sendall(json.dumps({"failed": f"{type(error).__name__}: {error}"}).encode() + b"\n")
+        finally:
+            os._exit(1)
+    zygote.leave(order, *handles)
+    return become(order, zygote)
+
+
+if __name__ == "__main__":
+    code, module = main()
+    exec(code, vars(module))
