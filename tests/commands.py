@@ -135,11 +135,14 @@ class Command:
             time.sleep(0.02)
 
 
-def fake_prefect(place: Path) -> Path:
-    """A directory for PYTHONPATH with a "Prefect 3.8.8" whose engine is the mini engine."""
+AS_MAIN = "if __name__ == '__main__': import runpy, sys; runpy.run_path({path!r}, run_name='__main__')\n"
+"""A module that runs a file, when it is run itself."""
+
+
+def fake_prefect(place: Path, engine: str = AS_MAIN.format(path=str(ENGINE))) -> Path:
+    """A directory for PYTHONPATH with a "Prefect 3.8.8" whose engine is the mini engine, or the code that is given."""
     (place / "prefect").mkdir(parents=True)
     (place / "prefect" / "__init__.py").touch()
-    engine = f"import runpy\nrunpy.run_path({str(ENGINE)!r}, run_name='__main__')\n"
     (place / "prefect" / "engine.py").write_text(engine)
     information = place / "prefect-3.8.8.dist-info"
     information.mkdir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import os
 import signal
 import socket
@@ -20,6 +21,7 @@ import anyio.lowlevel
 import misbehave
 import pytest
 from anyio.abc import Process as AnyProcess
+from commands import fake_prefect
 from fake_server import FakeServer
 from pydantic import ValidationError
 from workers import settings_for
@@ -42,6 +44,7 @@ class Bench:
     """A worker without a server, one flow run on it, and what is seen of both."""
 
     def __init__(self, home: Path, **environ: str) -> None:
+        self.forking = False
         self.settings = Settings.load({"HOME": str(home), "PROCWORKER_HOME": str(home / "state"), **environ})
         self.worker = ProcessWorker(None, settings=self.settings, sink=self._print)
         self.flow_run = FlowRun(id=uuid4(), name="keen-owl")
@@ -62,6 +65,10 @@ class Bench:
         """The configuration as a run gets it; a single word (with its arguments) is a mode of misbehave.py."""
         if len(command) == 1:
             command = (*MISBEHAVE, *command[0].split())
+        if command and self.forking:
+            fields = {"start_method": "fork", "python": sys.executable, **fields}
+            fields["env"] = {**fields.get("env", {}), "COMMAND": json.dumps(command)}
+            command = ()
         configuration = ProcessJobConfiguration(command=join_command(command) if command else None, **fields)
         configuration._inherited = self.worker._inherited_environment(configuration)
         configuration.prepare(self.flow_run, None, None, None, self.worker.name, None)
@@ -116,9 +123,29 @@ def make_bench(tmp_path: Path) -> Iterator[MakeBench]:
     assert not left, f"still running: {left}"
 
 
-@pytest.fixture
-def bench(make_bench: MakeBench) -> Bench:
-    return make_bench()
+ENGINE = f"""
+if __name__ == "__main__":
+    import json, os, runpy, sys
+    command = json.loads(os.environ.pop("COMMAND"))
+    if command[0] != sys.executable:
+        os.execvp(command[0], command)
+    sys.argv = command[3:]
+    runpy.run_path({misbehave.__file__!r}, run_name="__main__")
+"""
+"""Does in a fork what a command does that is spawned."""
+
+
+@pytest.fixture(params=["spawn", "fork"])
+async def bench(
+    make_bench: MakeBench, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Bench]:
+    """A bench whose commands are spawned, or run by an engine that is forked."""
+    bench = make_bench()
+    if request.param == "fork":
+        bench.forking = True
+        monkeypatch.setenv("PYTHONPATH", str(fake_prefect(tmp_path / "prefect", ENGINE)))
+    async with bench.worker._warm:
+        yield bench
 
 
 @asynccontextmanager
@@ -320,8 +347,9 @@ async def test_null_in_the_environment_means_not_there(bench: Bench) -> None:
 
 
 async def test_another_python_gets_nothing_of_our_virtual_environment(
-    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_bench: MakeBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    bench = make_bench()
     monkeypatch.setattr(sys, "prefix", str(tmp_path / "own"))
     monkeypatch.setattr(sys, "base_prefix", "/usr")
     monkeypatch.setenv("VIRTUAL_ENV", sys.prefix)
@@ -458,8 +486,9 @@ async def test_what_a_run_links_to_is_left_as_it_was(bench: Bench, tmp_path: Pat
     assert bench.directories == []
 
 
-async def test_what_could_not_be_waited_for_is_ended(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_could_not_be_waited_for_is_ended(make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before Python 3.12 asyncio waits for a child in a thread, which may be one too many."""
+    bench = make_bench()
     spawn = process.spawn
 
     async def spawn_and_fail(*args: Any, **options: Any) -> Any:

@@ -295,6 +295,7 @@ def closure() -> set[str]:
             continue
         required = [line for line in found.requires or () if "extra ==" not in line]
         todo += [match.group() for line in required if (match := re.match(r"[\w.-]+", line))]
+        names.add(name.replace("-", "_"))
         listed = found.read_text("top_level.txt")
         if listed is not None:
             names.update(listed.split())

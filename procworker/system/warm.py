@@ -288,9 +288,8 @@ class Warm:
                 raise NotForked(f"it has failed {failures} times and is tried again later")
             self._make_room()
             zygote = self._zygotes[kind] = Zygote(kind, Library(self._place, interpreter))
-            self._place.mkdir(mode=0o700, parents=True, exist_ok=True)
             lent = {name: value for name, value in env.items() if name in LENT or EARLY.fullmatch(name)}
-            place = cwd if local else self._place
+            place = cwd if local else self._empty_place()
             self._tasks.start_soon(zygote.serve, interpreter.path, lent, place, len(env[COOKIE]))
         with anyio.move_on_after(WARM_UP_SECONDS):
             await zygote.ready.wait()
@@ -300,6 +299,13 @@ class Warm:
             self._fail(kind)
             raise NotForked(zygote.over)
         return zygote
+
+    def _empty_place(self) -> Path:
+        """A directory without anything that Prefect reads."""
+        with suppress(OSError):
+            self._place.mkdir(mode=0o700, parents=True, exist_ok=True)
+            return self._place
+        return Path(os.sep)
 
     def _tidy(self) -> None:
         """Part with those that have ended, and with those that are not what is on disk."""
@@ -323,7 +329,8 @@ class Warm:
 
     def _fail(self, kind: Kind) -> None:
         failures = self._failures.get(kind, (0, 0.0))[0] + 1
-        pause = min(RETRY_SECONDS * 2.0 ** min(failures - 1, 10), LONGEST_RETRY_SECONDS)
+        # Once is bad luck: a zygote may die, or leave, just as it is asked.
+        pause = min(RETRY_SECONDS * 2.0 ** min(failures - 2, 10), LONGEST_RETRY_SECONDS) if failures > 1 else 0.0
         self._failures[kind] = failures, anyio.current_time() + pause
 
     def _say(self, why: NotForked) -> None:

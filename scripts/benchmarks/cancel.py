@@ -11,10 +11,11 @@ import time
 
 import psutil
 
-from scripts.benchmarks.cold import deploy
 from scripts.benchmarks.figures import Row, Sample, compare
 from scripts.benchmarks.lab import Lab, wait_until
+from scripts.benchmarks.runs import COLD, PREFECT, Side, alternate, order, sides
 
+OPTIONS = {"runs": (7, "runs of each side")}
 CANCELLED, GONE = "request -> Cancelled, s", "request -> Cancelled and gone, s"
 LONGEST_LOOK_SECONDS = 10.0
 """No worker looks less often, so that a wait of up to this long hits every moment between two looks."""
@@ -28,28 +29,24 @@ SLEEP = """
 
 def measure(lab: Lab, arguments: argparse.Namespace) -> list[Row]:
     """Alternate runs of both sides; the first of each only warms up."""
-    with lab.worker(lab.ours, "ours") as ours, lab.worker(lab.theirs, "theirs") as theirs:
-        subjects = [(ours, deploy(lab, "ours", SLEEP)), (theirs, deploy(lab, "theirs", SLEEP))]
-        samples: list[list[Sample]] = [[], []]
-        for number in range(arguments.runs + 1):
-            moment = random.uniform(0, LONGEST_LOOK_SECONDS)
-            for side in (0, 1) if number % 2 else (1, 0):
-                samples[side].append(cancel(lab, *subjects[side], moment))
-            print(f"pair {number} of {arguments.runs}: Cancelled {[round(side[-1][CANCELLED], 2) for side in samples]}")
-    return compare(samples[0][1:], samples[1][1:], {CANCELLED: 4})
+    with sides(lab, COLD, PREFECT, code=SLEEP) as both:
+        for side in both:
+            cancel(lab, side)
+        ours, theirs = alternate(both, arguments.runs, lambda side: cancel(lab, side), shown=CANCELLED)
+    return compare(ours, theirs, {CANCELLED: 4})
 
 
-def cancel(lab: Lab, worker: psutil.Popen, order: str, moment: float) -> Sample:
-    """Let a worker start one flow run, cancel it so many seconds after it is running, and look on."""
-    bystanders = set(worker.children(recursive=True))
-    flow_run = lab.api("POST", order, {"state": {"type": "SCHEDULED"}})["id"]
+def cancel(lab: Lab, side: Side) -> Sample:
+    """Let a worker start one flow run, cancel it at some moment when it is running, and look on."""
+    bystanders = set(side.worker.children(recursive=True))
+    flow_run = order(lab, side)
 
     def is_cancelled() -> bool:
         return bool(lab.api("GET", f"/flow_runs/{flow_run}")["state_type"] == "CANCELLED")
 
     wait_until((lab.place / flow_run).exists, "the flow's child")
-    time.sleep(moment)
-    processes = set(worker.children(recursive=True)) - bystanders
+    time.sleep(random.uniform(0, LONGEST_LOOK_SECONDS))
+    processes = set(side.worker.children(recursive=True)) - bystanders
     requested = time.time()
     lab.api("POST", f"/flow_runs/{flow_run}/set_state", {"state": {"type": "CANCELLING"}})
     wait_until(is_cancelled, "Cancelled", pause=0.05)

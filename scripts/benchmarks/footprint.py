@@ -5,22 +5,19 @@ One worker after the other idles at default settings, and a proxy on the way cou
 """
 
 import argparse
-import re
 import shutil
-import socket
 import subprocess
 import time
 import venv
 from collections import Counter
-from contextlib import suppress
 from pathlib import Path
-from threading import Thread
 
 from scripts.benchmarks.figures import Row, Sample, compare
 from scripts.benchmarks.lab import CLEAN, ROOT, Lab
+from scripts.benchmarks.proxy import Proxy
 
+OPTIONS = {"seconds": (60.0, "how long each worker idles")}
 SETTLE_SECONDS, PAIRS = 5.0, 20
-REQUEST = re.compile(rb"^((?:GET|POST|PUT|PATCH|DELETE) [^ ?]+).* HTTP/1")
 TOOLS = ("pip", "setuptools", "wheel", "pkg_resources", "_distutils_hack")
 MOST = {"distributions": 16, "site-packages, MB": 20, "--version / import argparse": 1.5}
 IDLE_MOST = {"RSS, MB": 45, "CPU, %": 0.2, "requests a minute": 14}
@@ -73,33 +70,16 @@ def seconds(command: list[str]) -> float:
 
 def idle(lab: Lab, command: list[str], host: str, window: float) -> Sample:
     """Watch a worker that reaches the server at `host` do nothing for so many seconds."""
-    url, seen = lab.client.base_url, Counter[str]()
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-        Thread(target=forward, args=(listener, (url.host, url.port), seen), daemon=True).start()
-        with lab.worker(command, f"idle-{port}", PREFECT_API_URL=f"http://{host}:{port}/api") as worker:
-            time.sleep(SETTLE_SECONDS)
-            cpu, requests = sum(worker.cpu_times()[:4]), seen.total()
-            time.sleep(window)
-            memory, threads = worker.memory_full_info(), worker.num_threads()
-            cpu, requests = sum(worker.cpu_times()[:4]) - cpu, seen.total() - requests
-    print(f"{command[0]} at {host} has asked {dict(seen)}")
+    with (
+        Proxy(lab.client.base_url) as proxy,
+        lab.worker(command, f"idle-{proxy.port}", PREFECT_API_URL=proxy.url(host)) as worker,
+    ):
+        time.sleep(SETTLE_SECONDS)
+        cpu, requests = sum(worker.cpu_times()[:4]), len(proxy.requests)
+        time.sleep(window)
+        memory, threads = worker.memory_full_info(), worker.num_threads()
+        cpu, requests = sum(worker.cpu_times()[:4]) - cpu, len(proxy.requests) - requests
+    print(f"{command[0]} at {host} has asked {dict(Counter(request.line for request in proxy.requests))}")
     sample = {"RSS, MB": memory.rss / 1e6, "PSS, MB": memory.pss / 1e6, "threads": threads}
     sample |= {"CPU, %": cpu / window * 100, "requests a minute": requests / window * 60}
     return {f"{host}: {name}": value for name, value in sample.items()}
-
-
-def forward(listener: socket.socket, server: tuple[str, int], seen: Counter[str]) -> None:
-    """Pass connections on to the server, and count the requests."""
-    while True:
-        near, far = listener.accept()[0], socket.create_connection(server)
-        Thread(target=pump, args=(near, far, seen), daemon=True).start()
-        Thread(target=pump, args=(far, near, Counter()), daemon=True).start()
-
-
-def pump(source: socket.socket, sink: socket.socket, seen: Counter[str]) -> None:
-    with suppress(OSError):
-        while data := source.recv(65536):
-            seen.update(found.decode() for found in REQUEST.findall(data))  # each begins a piece of its own
-            sink.sendall(data)
-        sink.shutdown(socket.SHUT_WR)

@@ -32,6 +32,7 @@ class Lab(NamedTuple):
     place: Path
     env: dict[str, str]
     client: httpx.Client
+    server: psutil.Process
 
     def api(self, method: str, path: str, body: Any = None) -> Any:
         """Ask the server, which under load says 503 now and then."""
@@ -39,10 +40,10 @@ class Lab(NamedTuple):
             if (answer := self.client.request(method, path, json=body)).status_code != 503:
                 break
             time.sleep(pause)
-        return answer.raise_for_status().json()
+        return answer.raise_for_status().json() if answer.content else answer.raise_for_status()
 
     @contextmanager
-    def worker(self, command: list[str], pool: str, **variables: str) -> Iterator[psutil.Popen]:
+    def worker(self, command: list[str], pool: str, *flags: str, **variables: str) -> Iterator[psutil.Popen]:
         """Run a worker that has reported to the server; it and all that it started is gone afterwards."""
         self.api("POST", "/work_pools/", {"name": pool, "type": "process"})
         home, reports = tempfile.mkdtemp(dir=self.place), f"/work_pools/{pool}/workers/filter"
@@ -51,7 +52,7 @@ class Lab(NamedTuple):
             with open(f"{home}/log", "wb") as log:
                 # Both start in ROOT, where ours finds this procworker; neither gets Ctrl-C.
                 options: Any = {"cwd": ROOT, "env": env, "start_new_session": True}
-                worker = psutil.Popen([*command, pool], stdout=log, stderr=log, **options)
+                worker = psutil.Popen([*command, pool, *flags], stdout=log, stderr=log, **options)
             wait_until(lambda: worker.poll() is not None or self.api("POST", reports, {}), "the worker")
             if worker.poll() is not None:
                 raise ProcworkerError(f"{command} has exited: {Path(home, 'log').read_text()[-500:]}")
@@ -72,7 +73,7 @@ def opened(prefect: str | None) -> Iterator[Lab]:
             url, auth = server.api_url, server.auth_string or ":"
             env = {"PREFECT_API_URL": url, "PREFECT_API_AUTH_STRING": auth}
             client = httpx.Client(base_url=url, auth=httpx.BasicAuth(*auth.split(":", 1)), timeout=30)
-            yield Lab(found.prefect_version, ours, theirs, Path(name), env, client)
+            yield Lab(found.prefect_version, ours, theirs, Path(name), env, client, psutil.Process(server.pid))
 
 
 def wait_until(fact: Callable[[], Any], what: str, pause: float = 0.1, seconds: float = 120.0) -> Any:
@@ -87,11 +88,19 @@ def wait_until(fact: Callable[[], Any], what: str, pause: float = 0.1, seconds: 
 
 def end(mark: str) -> None:
     """End, and in the end kill, whatever has the mark in its environment."""
-    marked = []
+    found = marked(mark)
+    for process in found:
+        with suppress(psutil.Error):
+            process.terminate()
+    for process in psutil.wait_procs(found, timeout=20)[1]:
+        process.kill()
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    """Find what has the mark in its environment."""
+    found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             if process.pid != os.getpid() and mark in process.environ().values():
-                marked.append(process)
-                process.terminate()
-    for process in psutil.wait_procs(marked, timeout=20)[1]:
-        process.kill()
+                found.append(process)
+    return found

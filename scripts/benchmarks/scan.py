@@ -17,6 +17,7 @@ import psutil
 from procworker.system.tree import COOKIE, Family, identify
 from scripts.benchmarks.figures import Row, Sample, compare
 
+OPTIONS: dict[str, tuple[float, str]] = {}
 PROCESSES, MOST_SECONDS, LOOKS = 2000, 0.15, 20
 CROWD = """
 import os, signal, sys
