@@ -415,7 +415,7 @@ def test_nesting_up_to_the_bound_is_fine(shape):
 def test_nesting_beyond_the_bound_is_refused_in_every_stage(shape, levels):
     deep = nest(levels, shape)
     world = World(blocks={("t", "n"): {"value": deep}}, documents={BLOCK_ID: {"value": deep}})
-    began = time.perf_counter()
+    began = time.process_time()
 
     for refused in (
         lambda: apply_values(deep, {}),
@@ -429,7 +429,7 @@ def test_nesting_beyond_the_bound_is_refused_in_every_stage(shape, levels):
     ):
         with pytest.raises(ConfigurationError, match="nested deeper"):
             refused()
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 20, "what is not linear takes minutes"
 
 
 def test_a_list_or_dict_that_holds_itself_is_refused():
@@ -445,11 +445,11 @@ def test_a_list_or_dict_that_holds_itself_is_refused():
 @pytest.mark.parametrize("part", [" ", "a", "!", "{{", "<< ", "{{ a", "<< a ", "{{ a }}", "<< unknown >>"])
 def test_a_megabyte_of_text_takes_no_more_than_a_moment(start, part):
     huge = start + part * (1_000_000 // len(part))
-    began = time.perf_counter()
+    began = time.process_time()
 
     apply_values([huge], {"a": ""})
 
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 20, "what is not linear takes minutes"
 
 
 # --- paths

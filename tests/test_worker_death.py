@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from commands import FAST, ROOT, TEMPLATE, Beside, Command, serving
+from commands import FAST, ROOT, TEMPLATE, Beside, Command, fake_prefect, serving
 from doomed import POINTS
 from misbehave import survivors
 
@@ -77,17 +77,24 @@ class Scene:
         self.place, self.server = place, server
         self.counted = place / "executions"
         self.home = Path(os.environ["PROCWORKER_HOME"])
+        self.path = [str(ROOT), str(DOOMED.parent)]
+        self.variables: dict[str, Any] = {"grace_seconds": 1}
         server.add_pool(base_job_template=TEMPLATE)
+
+    def fork(self) -> None:
+        """From now on the runs are those of an engine that is forked."""
+        template = {**TEMPLATE, "variables": {"properties": {"command": {}, "env": {}, "name": {}}}}
+        self.server.add_pool(base_job_template=template)
+        self.path.append(str(fake_prefect(self.place / "prefect")))
+        self.variables["start_method"] = "fork"
 
     def schedule(self, flow: dict[str, Any]) -> Any:
         parameters = {**flow, "file": str(self.counted)}
         return self.server.schedule(self.server.add_deployment(job_variables=self.variables), parameters=parameters)
 
-    variables: dict[str, Any] = {"grace_seconds": 1}
-
     def die(self, point: str, orphans: str, run: Any) -> None:
         """Have a worker take the run and die at the point."""
-        path = os.pathsep.join([str(ROOT), str(DOOMED.parent)])
+        path = os.pathsep.join(self.path)
         environ = {**os.environ, **FAST, "PREFECT_API_URL": self.server.url, "PYTHONPATH": path}
         with (self.place / "doomed.log").open("wb") as log:
             command = [sys.executable, str(DOOMED), point, "pool", orphans]
@@ -106,9 +113,8 @@ class Scene:
                 worker.wait()
 
     def successor(self) -> Command:
-        return Command(
-            self.place / f"next-{time.monotonic_ns()}", "start", "-p", "pool", PREFECT_API_URL=self.server.url, **FAST
-        )
+        environ = {"PREFECT_API_URL": self.server.url, "PYTHONPATH": os.pathsep.join(self.path), **FAST}
+        return Command(self.place / f"next-{time.monotonic_ns()}", "start", "-p", "pool", **environ)
 
     @property
     def executions(self) -> int:
@@ -134,8 +140,13 @@ def scene(tmp_path: Path) -> Any:
 
 
 def sampled() -> list[Any]:
-    """Every point once, or as often as asked for, in a random but repeatable order."""
-    cases = [pytest.param(point, id=f"{point}-{i}") for point in POINTS for i in range(REPETITIONS)]
+    """Every point once, or as often as asked for, under both ways to start, in a random but repeatable order."""
+    cases = [
+        pytest.param(point, method, id=f"{point}-{method}-{i}")
+        for point in POINTS
+        for method in ("spawn", "fork")
+        for i in range(REPETITIONS)
+    ]
     random.Random(7).shuffle(cases)
     return cases
 
@@ -144,9 +155,11 @@ def test_the_table_is_complete() -> None:
     assert tuple(OUTCOMES) == POINTS
 
 
-@pytest.mark.parametrize("point", sampled())
-def test_the_next_start_adopts_what_lives_and_repairs_what_died(scene: Scene, point: str) -> None:
+@pytest.mark.parametrize(("point", "method"), sampled())
+def test_the_next_start_adopts_what_lives_and_repairs_what_died(scene: Scene, point: str, method: str) -> None:
     outcome = OUTCOMES[point]
+    if method == "fork":
+        scene.fork()
     run = scene.schedule(outcome.flow)
     scene.die(point, "adopt", run)
 
@@ -160,10 +173,13 @@ def test_the_next_start_adopts_what_lives_and_repairs_what_died(scene: Scene, po
     check(scene, run, outcome.adopted[0], outcome.executions[0])
 
 
-@pytest.mark.parametrize("point", sampled())
-def test_a_dead_mans_switch_ends_and_reports(scene: Scene, point: str) -> None:
+@pytest.mark.parametrize(("point", "method"), sampled())
+def test_a_dead_mans_switch_ends_and_reports(scene: Scene, point: str, method: str) -> None:
     outcome = OUTCOMES[point]
-    run = scene.schedule(outcome.flow)
+    if method == "fork":
+        scene.fork()
+    flow = {**outcome.flow, "seconds": 30} if outcome.flow is COMPLETES else outcome.flow  # it must not end by itself
+    run = scene.schedule(flow)
     scene.die(point, "kill", run)
 
     state = scene.server.wait_state(run, outcome.killed[0])

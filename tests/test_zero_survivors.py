@@ -60,14 +60,14 @@ def eventually(fact: Callable[[], Any], what: str | Callable[[], str], seconds: 
 class Scene:
     """A worker with one run of every mode, and all processes that these named."""
 
-    def __init__(self, place: Path, server: Beside, custom: bool, ending: str) -> None:
+    def __init__(self, place: Path, server: Beside, command: str, ending: str) -> None:
         self.place, self.server, self.ending = place, server, ending
+        self.custom, self.forked = command == "custom", command == "forked"
         self.ready: set[str] = set()
         self.seen: dict[Process, str] = {}
-        self.custom = custom
         # As a command of one's own this mode ends at once: it belongs to the normal ends alone.
         self.modes = {
-            mode: n for mode, n in MODES.items() if not (custom and ending != "exit" and mode == "keep-stdout")
+            mode: n for mode, n in MODES.items() if not (self.custom and ending != "exit" and mode == "keep-stdout")
         }
         self._read = 0
         server.add_pool(
@@ -86,6 +86,8 @@ class Scene:
         if self.ending == "timeout":
             variables["timeout_seconds"] = TIMEOUT
         leaving = self.ending == "exit"
+        if self.forked:
+            variables["start_method"] = "fork"
         if self.custom:
             words = ["leave", mode] if leaving else [mode]
             variables["command"] = " ".join([sys.executable, "-S", "-E", SCRIPT, *words])
@@ -147,7 +149,7 @@ class Scene:
 def scene(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Scene]:
     command, ending = request.param
     with serving() as server:
-        scene = Scene(tmp_path, server, command == "custom", ending)
+        scene = Scene(tmp_path, server, command, ending)
         try:
             with scene.worker:
                 yield scene
@@ -156,7 +158,7 @@ def scene(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Scene]:
 
 
 ENDINGS = ["cancel", "timeout", "exit", "stopped twice", "killed"]
-COMMANDS = ["default", "custom"]
+COMMANDS = ["default", "custom", "forked"]
 SCENES = [pytest.param((command, ending), id=f"{ending}-{command}") for ending in ENDINGS for command in COMMANDS]
 
 
@@ -165,6 +167,7 @@ def test_nothing_is_left(scene: Scene, record_property: Callable[[str, object], 
     if scene.ending in ("cancel", "stopped twice", "killed"):
         scene.begin()
         assert set(scene.alive) == set(scene.modes), "the negative control: before the end all are there"
+        assert len(misbehave.survivors("PROCWORKER_WARM=1")) >= len(scene.modes) * scene.forked
     final = {
         "cancel": {"CANCELLED"},
         "timeout": {"CRASHED"},
@@ -203,3 +206,4 @@ def test_nothing_is_left(scene: Scene, record_property: Callable[[str, object], 
     record_property("seconds", round(time.monotonic() - began, 2))
     assert set(scene.alive) == spared
     eventually(lambda: scene.types() == final, f"final states are {final}, not {scene.types()}")
+    assert "spawned instead of forked" not in scene.worker.err

@@ -10,9 +10,32 @@ from pathlib import Path
 from types import ModuleType
 
 from procworker.errors import ProcworkerError
-from scripts.benchmarks import cancel, chart, cold, figures, footprint, lab, scan, warm
+from scripts.benchmarks import (
+    cancel,
+    chart,
+    cold,
+    figures,
+    footprint,
+    lab,
+    latency,
+    overhead,
+    scale,
+    scan,
+    throughput,
+    warm,
+)
 
-SUBJECTS = {"cancel": cancel, "cold": cold, "footprint": footprint, "scan": scan, "warm": warm}
+SUBJECTS = {
+    "cancel": cancel,
+    "cold": cold,
+    "warm": warm,
+    "latency": latency,
+    "throughput": throughput,
+    "overhead": overhead,
+    "scale": scale,
+    "footprint": footprint,
+    "scan": scan,
+}
 """Modules with a docstring, OPTIONS and measure(lab, arguments) -> rows made by figures.compare."""
 SIZES: dict[str, dict[str, float]] = {"cancel": {"runs": 4}, "cold": {"runs": 3}}
 """What `all` asks of a subject, so that all of them take half an hour."""

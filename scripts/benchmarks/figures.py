@@ -22,6 +22,11 @@ def compare(ours: list[Sample], theirs: list[Sample], most: Sample, of: str = "m
     return rows
 
 
+def prefixed(prefix: str, rows: list[Row]) -> list[Row]:
+    """Say in each name what all of these rows are about."""
+    return [row | {"name": prefix + row["name"]} for row in rows]
+
+
 def table(rows: list[Row], prefect: str) -> str:
     """Show the rows to a person."""
     lines = [("median (min-max)", "procworker", f"Prefect {prefect}", "ratio", "pairwise", "target")]

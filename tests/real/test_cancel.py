@@ -91,13 +91,14 @@ class Ended:
         return self.finals == [self.last] == [doing.state] and self.hooks in hooks and self.gone
 
 
-def play(prefect: Prefect, place: Place, titles: list[str]) -> tuple[dict[str, Ended], str]:
+def play(prefect: Prefect, place: Place, titles: list[str], method: str) -> tuple[dict[str, Ended], str]:
     """Let one worker run all these flows at once, and end each as soon as it is ready; return the worker's log, too."""
     api, ids = prefect.api, {}
     pool = api.pool(f"cancel {uuid4().hex[:8]}", ProcessWorker.get_default_base_job_template())
     for title in titles:
         flow, name = f"{HERE / 'cancel_flows.py'}:{DOING[title].flow}", title.replace(" ", "-")
-        ids[title] = api.flow_run(api.deployment(pool, flow, name, **DOING[title].variables), name)
+        variables = {"start_method": method, **DOING[title].variables}
+        ids[title] = api.flow_run(api.deployment(pool, flow, name, **variables), name)
 
     def end(title: str) -> None:
         run, early = ids[title], f"Flow run {title.replace(' ', '-')!r} exited"
@@ -123,12 +124,14 @@ def look_at(api: Api, place: Place, run: str) -> Ended:
     return Ended(finals, states[-1], " ".join(marks.get("hooks", "").split()), gone)
 
 
+@pytest.mark.parametrize("method", ["spawn", "fork"])
 @pytest.mark.parametrize("engine", HOOKS)
 def test_a_run_gets_one_final_state_and_the_hooks_of_the_table(
-    engine: str, place: Place, request: pytest.FixtureRequest
+    engine: str, method: str, place: Place, request: pytest.FixtureRequest
 ) -> None:
     prefect = request.getfixturevalue(f"prefect{engine.replace('.', '')}")
     everything = FULL or engine in ("3.8", "2.20")
-    ended, log = play(prefect, place, list(DOING) if everything else list(DOING)[:1])
+    ended, log = play(prefect, place, list(DOING) if everything else list(DOING)[:1], method)
     wrong = {title: end for title, end in ended.items() if not end.is_as(DOING[title], HOOKS[engine][title])}
     assert not wrong, log
+    assert "spawned instead of forked" not in log
