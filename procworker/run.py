@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import suppress
@@ -43,9 +44,10 @@ CANCEL_GRACE_SECONDS, STOP_GRACE_SECONDS, ASK_SECONDS = 30.0, 10.0, 2.0
 
 
 class Sources:
-    """What the runs of one poll belong to, read once each."""
+    """What runs of about the same time belong to, read once each."""
 
     def __init__(self) -> None:
+        self.since = time.monotonic()
         self._locks: defaultdict[UUID, anyio.Lock] = defaultdict(anyio.Lock)
         self._found: dict[UUID, Any] = {}
 

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 LAST_WORDS_SECONDS = 5.0
+SOURCES_SECONDS = 2.0
+"""How long deployments and flows need not be read again: no longer than a poll's answer may be used for a claim."""
 HEALTH_INTERVALS = 30
 """A worker counts as polling while its last poll is at most this many intervals old (as in Prefect)."""
 
@@ -113,6 +115,7 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
         self._stack = AsyncExitStack()
         self._last_polled = time.monotonic()
         self._taken: set[UUID] = set()
+        self._sources = Sources()
         self._moved = Moved()
         self._started_event: dict[str, Any] | None = None
         self._journal: Journal = journal or NoJournal()
@@ -349,9 +352,11 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
             except ObjectNotFound as error:
                 self._logger.warning("Nothing to poll, the pool or a queue does not exist: %s", error)
                 rows = []
-            sources, answered_at = Sources(), anyio.current_time()
+            answered_at = anyio.current_time()
+            if time.monotonic() - self._sources.since > SOURCES_SECONDS:
+                self._sources = Sources()
             for flow_run in intake.choose([row.flow_run for row in rows]):
-                self._admit(Run(self, flow_run, self.get_flow_run_logger(flow_run), sources, answered_at))
+                self._admit(Run(self, flow_run, self.get_flow_run_logger(flow_run), self._sources, answered_at))
         return [run.flow_run for run in self.runs.values() if run.starting]
 
     def _resume(self, pages: Sequence[Page]) -> None:

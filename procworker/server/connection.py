@@ -21,7 +21,8 @@ from procworker.settings import Settings
 
 BODY_LIMIT = 64 * 1024 * 1024
 REDIRECTS = 5
-LIMITS = httpx.Limits(max_connections=16, max_keepalive_connections=8, keepalive_expiry=25)
+# Each idle connection is looked at for every request: four are enough for the pace of flow runs.
+LIMITS = httpx.Limits(max_connections=16, max_keepalive_connections=4, keepalive_expiry=25)
 # Servers treat a client that calls itself prefect/x.y as that version, so this one uses its own name.
 OWN_HEADERS = {"user-agent": f"procworker/{__version__}", "x-prefect-api-version": "0.8.4"}
 RESERVED_HEADERS = {"user-agent", "prefect-csrf-token", "prefect-csrf-client"}
