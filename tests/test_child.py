@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from procworker.errors import ConfigurationError, SpawnError
 from procworker.system.child import Child, explain_exit, join_command, parse_command, spawn
+from procworker.system.files import raised_file_limit
 from procworker.system.tree import Family, identify, is_alive
 
 MISBEHAVE = [sys.executable, "-S", "-E", misbehave.__file__]
@@ -401,3 +402,22 @@ def test_other_exit_codes_are_called_unexpected() -> None:
     assert explain_exit(77).text == "It ended with an unexpected status."
     assert explain_exit(-signal.SIGSEGV).text == "It was ended by SIGSEGV."
     assert explain_exit(-64 * 2).text == "It was ended by signal 128."
+
+
+async def test_a_child_does_not_inherit_the_raised_file_limit(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1000, before[1]))
+    code = "import time, resource; time.sleep(0.2); print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
+    try:
+        with raised_file_limit():
+            child = await spawn(
+                [sys.executable, "-c", code],
+                cwd=tmp_path,
+                env={},
+                stdout=tmp_path / "out",
+                stderr=tmp_path / "err",
+            )
+            assert await child.wait() == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert (tmp_path / "out").read_text() == "1000\n"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -27,6 +28,7 @@ from commands import fake_prefect
 from procworker.errors import SpawnError
 from procworker.system import warm
 from procworker.system.child import Child
+from procworker.system.files import raised_file_limit
 from procworker.system.interpreter import Interpreter
 from procworker.system.tree import COOKIE, LINUX, find_root
 from procworker.system.warm import Warm, Zygote
@@ -179,6 +181,21 @@ async def test_an_environment_and_a_directory_that_are_no_text_arrive(hearth: He
     code = "import os; print(os.environb[b'X'] == b'a\\xff' and os.getcwdb().endswith(b'b\\xff'))"
     assert await hearth.run(code, cwd=place, X=os.fsdecode(b"a\xff")) == 0
     assert hearth.said() == ["True"]
+
+
+async def test_it_has_the_file_limit_that_its_worker_was_started_with(hearth: Hearth) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1000, before[1]))
+    code = "import resource; print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
+    try:
+        with raised_file_limit():
+            assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 1000
+            assert await hearth.run(code) == 0
+            assert await hearth.run(code, PREFECT_LOGGING_LEVEL="DEBUG") == 0
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 1000
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert [hearth.said(number) for number in (0, 1)] == [["1000"]] * 2
 
 
 async def test_a_directory_that_is_not_there_is_named_as_ever(hearth: Hearth, tmp_path: Path) -> None:

@@ -95,6 +95,7 @@ async def _start(settings: Settings, arguments: argparse.Namespace) -> int:
     from procworker.cli.common import embedded, say, signals_counted, wait_for_server
     from procworker.cli.errors import FAILED, UNKILLED
     from procworker.process import ProcessWorker
+    from procworker.system.files import raised_file_limit
     from procworker.system.subreaper import adoption, subreaper
 
     worker: Any = None
@@ -109,6 +110,7 @@ async def _start(settings: Settings, arguments: argparse.Namespace) -> int:
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(signals_counted(interrupt))
             await stack.enter_async_context(subreaper())
+            stack.enter_context(raised_file_limit())
             if arguments.local:
                 settings = await stack.enter_async_context(embedded(settings, arguments.python, keep=True))
             if arguments.run_once and settings.api_url:

@@ -17,6 +17,7 @@ import anyio
 import psutil
 
 from procworker.errors import ConfigurationError, SpawnError
+from procworker.system.files import restore_file_limit
 from procworker.system.journal import try_lock
 from procworker.system.subreaper import adoption
 from procworker.system.tree import Process, identify, is_alive
@@ -101,6 +102,7 @@ async def spawn(argv: Sequence[str], *, cwd: Path, env: Mapping[str, str], stdou
                 **flags,
             )
             own.add(spawned.pid)
+            restore_file_limit(spawned.pid)
     except (OSError, ValueError) as error:
         raise SpawnError(_explain(error, argv, env)) from error
     return child_of(spawned.pid, spawned.wait)

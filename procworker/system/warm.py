@@ -26,6 +26,7 @@ from anyio.abc import Process as Spawned
 from anyio.abc import TaskGroup
 
 from procworker.system.child import WARM, Child, check, child_of, opened, spawn
+from procworker.system.files import restore_file_limit
 from procworker.system.interpreter import Interpreter
 from procworker.system.subreaper import adoption
 from procworker.system.tree import COOKIE, LINUX, find_root
@@ -112,6 +113,7 @@ class Zygote:
                         start_new_session=True,
                     )
                     own.add(process.pid)
+                    restore_file_limit(process.pid)
                 self._channel.sendall(json.dumps(terms).encode() + b"\n")
                 self._channel.setblocking(False)
                 await self._listen()
