@@ -226,17 +226,41 @@ async def test_what_acts_at_the_start_makes_another_kind(hearth: Hearth, name: s
     assert len(hearth.zygotes) == count
 
 
-@pytest.mark.parametrize("name", warm.SETTINGS_FILES)
-async def test_settings_in_the_directory_are_read_there(hearth: Hearth, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(("name", "text"), [(name, word.decode()) for name, word in warm.SETTINGS_FILES.items()])
+async def test_settings_in_the_directory_are_read_there(hearth: Hearth, tmp_path: Path, name: str, text: str) -> None:
     (hearth.prefect / "__init__.py").write_text(f"import os\nSAW = os.path.exists({name!r})\n")
     place = tmp_path / "place"
     place.mkdir()
-    (place / name).write_text("")
+    (place / name).write_text(text)
     for cwd, saw in ((tmp_path, "False"), (place, "True"), (tmp_path, "False")):
         assert await hearth.run("import prefect; print(prefect.SAW)", cwd=cwd) == 0
         assert hearth.said() == [saw]
 
     assert len(hearth.zygotes) == 2
+
+
+@pytest.mark.parametrize("name", [".env", "pyproject.toml"])
+async def test_a_file_without_such_settings_makes_no_other_kind(hearth: Hearth, tmp_path: Path, name: str) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    (place / name).write_text("[tool.ruff]\nMINE=1\n")
+    await hearth.run(cwd=tmp_path)
+    await hearth.run(cwd=place)
+
+    assert len(hearth.zygotes) == 1
+
+
+@pytest.mark.parametrize("files", [7, 9])
+async def test_without_the_means_to_fork_it_spawns_and_then_forks_again(hearth: Hearth, files: int) -> None:
+    assert await hearth.was_forked()
+    (zygote,) = hearth.zygotes
+    limits = resource.prlimit(zygote, resource.RLIMIT_NOFILE)
+    resource.prlimit(zygote, resource.RLIMIT_NOFILE, (files, limits[1]))
+    assert not await hearth.was_forked()
+    resource.prlimit(zygote, resource.RLIMIT_NOFILE, limits)
+
+    assert await hearth.was_forked()
+    assert hearth.zygotes == [zygote], "it is as good as it was"
 
 
 async def test_a_changed_profile_is_another_kind(hearth: Hearth, tmp_path: Path) -> None:

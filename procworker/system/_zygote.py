@@ -31,6 +31,10 @@ FIRST = ("prefect", ENGINE, "prefect.flow_engine")
 """What is imported before anything was learnt; the last of them is none of Prefect 2."""
 
 
+SCHOLARS = 16
+"""How many at a time are asked what they have imported: each takes one of the zygote's files."""
+
+
 class Refused(Exception):
     """A fork would not be the same as a new interpreter."""
 
@@ -42,7 +46,7 @@ class Zygote:
         self.channel = channel
         self.mark, self.known, self.idle = terms["mark"], terms["modules"], terms["idle"]
         self.slot = find_mark(self.mark)
-        self.children: dict[int, int] = {}  # pid -> the file that it names its modules in
+        self.children: dict[int, int | None] = {}  # pid -> the file that it names its modules in
         self.closure: set[str] | None = None
         self.failed: set[str] = set()
 
@@ -70,7 +74,7 @@ class Zygote:
                 if not said:
                     os._exit(0)
                 asked = time.monotonic()
-                pid, order = self.fork(handles[-1])
+                pid, order = self.fork(handles)
                 if pid == 0:
                     return order, handles
                 for handle in handles:
@@ -107,19 +111,22 @@ class Zygote:
         gc.freeze()
         self.modules = set(sys.modules)
 
-    def fork(self, file: int) -> tuple[int, dict[str, Any]]:
+    def fork(self, handles: list[int]) -> tuple[int, dict[str, Any]]:
         """Fork, if that is as good as a new interpreter; return a pid (of nothing, where it is not) and the order."""
-        with open(os.dup(file), encoding="ascii") as text:
-            order = json.load(text)
+        order: dict[str, Any] = {}
         try:
+            if len(handles) != 3:
+                raise OSError("it has too many open files")
+            with open(os.dup(handles[-1]), encoding="ascii") as text:
+                order = json.load(text)
             if others := threads():
                 raise Refused(f"it has other threads: {others}")
             if len(order["mark"]) != len(self.mark):
                 raise Refused("its mark does not fit")
-            order["learning"] = memory()
+            order["learning"] = memory() if len(self.children) < SCHOLARS else None
             pid = os.fork()
         except (Refused, OSError) as error:
-            self.say(refused=str(error))
+            self.say(refused=str(error), spoilt=isinstance(error, Refused))
             return -1, order
         if pid:
             self.children[pid] = order["learning"]
@@ -135,7 +142,8 @@ class Zygote:
         os.dup2(out, 1)
         os.dup2(err, 2)
         for handle in (out, err, *others, self.woken, self.wake, *self.children.values()):
-            os.close(handle)
+            if handle is not None:
+                os.close(handle)
         self.channel.close()
 
     def reap(self) -> None:
@@ -145,7 +153,7 @@ class Zygote:
             if found:
                 del self.children[pid]
                 self.say(ended=pid, code=os.waitstatus_to_exitcode(status))
-                learnt += self.read(file)
+                learnt += self.read(file) if file is not None else []
         if learnt and not self.children:  # nobody waits for us now
             self.learn(learnt)
 
@@ -191,7 +199,8 @@ def become(order: dict[str, Any], zygote: Zygote) -> tuple[Any, ModuleType]:
         process.current_process().authkey = os.urandom(32)
     if "numpy.random" in sys.modules:  # the standard library's generator sees to itself
         sys.modules["numpy.random"].seed()
-    learn_at_exit(order["learning"], zygote.modules)
+    if order["learning"] is not None:
+        learn_at_exit(order["learning"], zygote.modules)
     main: Any = ModuleType("__main__")
     main.__spec__, main.__file__, main.__cached__ = spec, spec.origin, spec.cached
     main.__loader__, main.__package__ = spec.loader, spec.parent
@@ -271,9 +280,9 @@ def stamps() -> dict[str, int]:
     from importlib.metadata import distribution
 
     init = str(sys.modules["prefect"].__file__)
-    package = os.path.dirname(init)
-    paths = [sys.executable, os.path.realpath(sys.executable), init, package, os.path.dirname(package)]
-    paths.append(str(distribution("prefect").locate_file("")))
+    paths = [sys.executable, os.path.realpath(sys.executable), init, os.path.dirname(init)]
+    paths += [str(distribution("prefect").locate_file(""))]
+    paths += [path for path in sys.path if path.endswith("-packages") and os.path.isdir(path)]
     return {path: os.stat(path).st_mtime_ns for path in paths}
 
 

@@ -42,8 +42,9 @@ EARLY = re.compile(
 )
 """What acts before or while Prefect is imported: on the loader, on Python, on Prefect's settings and its logging."""
 LENT = ("PATH", "TMPDIR", "USER", "LOGNAME")
-SETTINGS_FILES = (".env", "prefect.toml", "pyproject.toml")
-"""What Prefect reads in the directory that it is started in."""
+SETTINGS_FILES = {".env": b"PREFECT", "prefect.toml": b"", "pyproject.toml": b"tool.prefect"}
+"""What Prefect reads in the directory that it is started in, and what stands there if it is of any use to it."""
+MOST_TOLD = 100
 
 logger = logging.getLogger(__name__)
 
@@ -202,8 +203,9 @@ class Zygote:
                 own.add(answer["forked"])
             return child_of(answer["forked"], exit.wait)
         if "refused" in answer:
-            self._library.forget()
-            self.retire(answer["refused"])
+            if answer["spoilt"]:
+                self._library.forget()
+                self.retire(answer["refused"])
             raise NotForked(answer["refused"])
         # It has died, or hangs; but it may have forked before.
         self.retire("it does not answer")
@@ -330,13 +332,15 @@ class Warm:
         self._tidy()
 
     def _fail(self, kind: Kind) -> None:
-        failures = self._failures.get(kind, (0, 0.0))[0] + 1
+        failures = self._failures.pop(kind, (0, 0.0))[0] + 1
+        while len(self._failures) >= MOST_TOLD:
+            del self._failures[next(iter(self._failures))]
         # Once is bad luck: a zygote may die, or leave, just as it is asked.
         pause = min(RETRY_SECONDS * 2.0 ** min(failures - 2, 10), LONGEST_RETRY_SECONDS) if failures > 1 else 0.0
         self._failures[kind] = failures, anyio.current_time() + pause
 
     def _say(self, why: NotForked) -> None:
-        if str(why) not in self._said:
+        if str(why) not in self._said and len(self._said) < MOST_TOLD:
             self._said.add(str(why))
             logger.warning("Flow runs are spawned instead of forked from a warm interpreter: %s", why)
 
@@ -344,10 +348,17 @@ class Warm:
 def _kind(interpreter: Interpreter, cwd: Path, env: Mapping[str, str]) -> tuple[Kind, bool]:
     """Name all that decides how Python and Prefect come up, and say whether the directory has a part in it."""
     early = frozenset((name, value) for name, value in env.items() if EARLY.fullmatch(name))
-    local = _found(cwd / name for name in SETTINGS_FILES)
+    local = _found(cwd / name for name, word in SETTINGS_FILES.items() if _says(cwd / name, word))
     home = env.get("PREFECT_HOME") or os.path.join(env.get("HOME", ""), ".prefect")
     profiles = _found([Path(env.get("PREFECT_PROFILES_PATH") or os.path.join(home, "profiles.toml"))])
     return (interpreter, early, local, profiles), bool(local)
+
+
+def _says(path: Path, word: bytes) -> bool:
+    try:
+        return word in path.read_bytes()
+    except OSError:
+        return False
 
 
 def _found(paths: Iterable[Path]) -> tuple[Any, ...]:

@@ -1,8 +1,8 @@
 """One no-op flow run from creation to exit, under a worker of each side in turn.
 
 Each polls a pool of its own, at its default settings or as often as --query-seconds says; who goes first changes.
-Spawn and exit are seen from outside: we look for a new child of the worker every 10 ms and wait for its
-end, which comes after Completed. Created -> Running is the server's own account.
+Spawn and exit are seen from outside: when the kernel started the first process of the run, and when that has ended,
+which comes after Completed. Created -> Running is the server's own account.
 """
 
 import argparse
