@@ -26,17 +26,18 @@ import pytest
 from commands import fake_prefect
 
 from procworker.errors import SpawnError
-from procworker.system import warm
+from procworker.system import warm, zygote
 from procworker.system.child import Child
 from procworker.system.files import raised_file_limit
 from procworker.system.interpreter import Interpreter
 from procworker.system.tree import COOKIE, LINUX, find_root
-from procworker.system.warm import Warm, Zygote
+from procworker.system.warm import Warm
+from procworker.system.zygote import Zygote
 
 pytestmark = pytest.mark.skipif(not LINUX, reason="nothing is forked elsewhere")
 
-ENGINE = "if __name__ == '__main__':\n    import os\n    exec(os.environ['ENGINE'])\n"
-TELL = "import os, sys; print(os.getppid(), os.environ.get('X'), os.getcwd(), sys.path[0], sys.argv[0])"
+ENGINE = "if __name__ == '__main__':\n    import os\n    exec(os.environ['PREFECT__CODE'])\n"
+TELL = "import os, sys; print(os.getppid(), os.environ.get('PREFECT__X'), os.getcwd(), sys.path[0], sys.argv[0])"
 
 
 class Hearth:
@@ -52,7 +53,13 @@ class Hearth:
         cookie = f"{uuid4()}.{uuid4().hex}"
         self.cookies.append(cookie)
         cwd = cwd or self.place
-        full = {"PYTHONPATH": str(self.prefect.parent), "ENGINE": code, "HOME": str(self.place), COOKIE: cookie, **env}
+        full = {
+            "PYTHONPATH": str(self.prefect.parent),
+            "PREFECT__CODE": code,
+            "HOME": str(self.place),
+            COOKIE: cookie,
+            **env,
+        }
         start = await self.warm.starter(self.interpreter, cwd, full)
         # What is spawned is the same engine in a new interpreter.
         argv = [sys.executable, "-m", "prefect.engine"]
@@ -75,7 +82,7 @@ class Hearth:
         found = []
         for child in psutil.Process().children():
             with suppress(psutil.Error):  # a zombie has no command line
-                if warm.SCRIPT in child.cmdline():
+                if zygote.SCRIPT in child.cmdline():
                     found.append(child)
         return [child.pid for child in sorted(found, key=psutil.Process.create_time)]
 
@@ -110,13 +117,13 @@ async def eventually(fact: Callable[[], Any]) -> None:
 async def test_an_engine_is_forked_with_its_own_environment_place_and_output(hearth: Hearth, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    assert await hearth.run(TELL, X="1") == 0
-    assert await hearth.run(TELL, cwd=elsewhere, X="2") == 0
+    assert await hearth.run(TELL, PREFECT__X="1") == 0
+    assert await hearth.run(TELL, cwd=elsewhere, PREFECT__X="2") == 0
 
-    (zygote,) = hearth.zygotes
+    (pid,) = hearth.zygotes
     engine = str(hearth.prefect / "engine.py")
-    assert hearth.said(0) == [str(zygote), "1", str(tmp_path), str(tmp_path), engine]
-    assert hearth.said(1) == [str(zygote), "2", str(elsewhere), str(elsewhere), engine]
+    assert hearth.said(0) == [str(pid), "1", str(tmp_path), str(tmp_path), engine]
+    assert hearth.said(1) == [str(pid), "2", str(elsewhere), str(elsewhere), engine]
 
 
 @pytest.mark.parametrize(
@@ -168,7 +175,11 @@ async def test_forks_at_the_same_time_do_not_mix(hearth: Hearth) -> None:
     async with anyio.create_task_group() as tasks:
         for number in range(8):
             tasks.start_soon(
-                partial(hearth.run, "import os, time; time.sleep(0.3); print(os.environ['X'])", X=str(number))
+                partial(
+                    hearth.run,
+                    "import os, time; time.sleep(0.3); print(os.environ['PREFECT__X'])",
+                    PREFECT__X=str(number),
+                )
             )
 
     assert sorted(hearth.said(number)[0] for number in range(8)) == sorted(map(str, range(8)))
@@ -216,7 +227,7 @@ async def test_an_adopter_cannot_take_the_zygotes_environment_for_the_forks(hear
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("PREFECT_LOGGING_LEVEL", 2), ("PYTHONOPTIMIZE", 2), ("LC_ALL", 2), ("PREFECT__FLOW_RUN_ID", 1), ("MINE", 1)],
+    [("PREFECT_LOGGING_LEVEL", 2), ("PYTHONOPTIMIZE", 2), ("LC_ALL", 2), ("MINE", 2), ("PREFECT__FLOW_RUN_ID", 1)],
 )
 async def test_what_acts_at_the_start_makes_another_kind(hearth: Hearth, name: str, count: int) -> None:
     for value in ("1", "2", "1"):
@@ -253,14 +264,14 @@ async def test_a_file_without_such_settings_makes_no_other_kind(hearth: Hearth, 
 @pytest.mark.parametrize("files", [7, 9])
 async def test_without_the_means_to_fork_it_spawns_and_then_forks_again(hearth: Hearth, files: int) -> None:
     assert await hearth.was_forked()
-    (zygote,) = hearth.zygotes
-    limits = resource.prlimit(zygote, resource.RLIMIT_NOFILE)
-    resource.prlimit(zygote, resource.RLIMIT_NOFILE, (files, limits[1]))
+    (pid,) = hearth.zygotes
+    limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (files, limits[1]))
     assert not await hearth.was_forked()
-    resource.prlimit(zygote, resource.RLIMIT_NOFILE, limits)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
 
     assert await hearth.was_forked()
-    assert hearth.zygotes == [zygote], "it is as good as it was"
+    assert hearth.zygotes == [pid], "it is as good as it was"
 
 
 async def test_a_changed_profile_is_another_kind(hearth: Hearth, tmp_path: Path) -> None:
@@ -278,15 +289,19 @@ async def test_there_are_only_so_many(hearth: Hearth) -> None:
     for number in range(warm.MOST + 2):
         await hearth.run(PREFECT_X=str(number))
         first = first or hearth.zygotes[0]
+    assert len(hearth.zygotes) == warm.MOST
+    assert first in hearth.zygotes, "nobody gives way to a kind that may never come again"
 
+    await hearth.run(PREFECT_X=str(number))
     await eventually(lambda: len(hearth.zygotes) == warm.MOST)
-    assert first not in hearth.zygotes
+    assert first not in hearth.zygotes, "but to one that did"
 
 
 async def test_where_all_have_runs_another_kind_is_spawned(hearth: Hearth, caplog: pytest.LogCaptureFixture) -> None:
     children = [await hearth.start("import time; time.sleep(60)", PREFECT_X=str(n)) for n in range(warm.MOST)]
-    assert await hearth.run(TELL, PREFECT_X="other") == 0
-    assert hearth.said()[0] == str(os.getpid())
+    for _ in range(2):
+        assert await hearth.run(TELL, PREFECT_X="other") == 0
+        assert hearth.said()[0] == str(os.getpid())
     assert "are in use" in caplog.text
 
     for child in children:
@@ -309,7 +324,7 @@ async def test_another_prefect_on_disk_replaces_it_and_what_runs_goes_on(hearth:
 
 
 async def test_one_that_nobody_needs_leaves(hearth: Hearth, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warm, "IDLE_SECONDS", 0.1)
+    monkeypatch.setattr(zygote, "IDLE_SECONDS", 0.1)
     child = await hearth.start("import time; time.sleep(0.5)")
     assert hearth.zygotes
     assert await child.wait() == 0, "not while something runs"
@@ -353,7 +368,7 @@ async def test_a_library_that_is_none_is_no_trouble(hearth: Hearth, tmp_path: Pa
 
 
 async def test_what_cannot_be_imported_again_is_left_out(hearth: Hearth) -> None:
-    (hearth.prefect / "once.py").write_text("import os\nif 'ENGINE' not in os.environ: raise SystemExit(1)\n")
+    (hearth.prefect / "once.py").write_text("import os\nif 'PREFECT__CODE' not in os.environ: raise SystemExit(1)\n")
     assert await hearth.run("import prefect.once") == 0
 
     assert await hearth.was_forked()
@@ -374,20 +389,17 @@ async def test_with_another_thread_it_does_not_fork(hearth: Hearth, caplog: pyte
     assert "tried again later" in caplog.messages[1]
 
 
-async def test_a_thread_that_came_with_what_was_learnt_is_forgotten(
-    hearth: Hearth, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(warm, "RETRY_SECONDS", 0.0)
-    (hearth.prefect / "extra.py").write_text(
-        "import threading\nthreading.Thread(target=threading.Event().wait, daemon=True).start()\n"
-    )
-    assert await hearth.run("import prefect.extra; import os; os._exit(0)") == 0  # tells nobody what it has imported
-    assert await hearth.was_forked()
-    assert not [*(hearth.place / "home" / "warm").glob("*.json")]
-    assert await hearth.run("import prefect.extra") == 0
+async def test_what_brings_a_thread_or_something_foreign_is_not_learnt(hearth: Hearth) -> None:
+    thread = "import threading\nthreading.Thread(target=threading.Event().wait, daemon=True).start()\n"
+    modules = {"one": "", "threading_": thread, "two": "", "foreign_": "import foreign", "three": "import shelve"}
+    for name, code in modules.items():
+        (hearth.prefect / f"{name}.py").write_text(code)
+    (hearth.prefect.parent / "foreign.py").touch()
+    assert await hearth.run(f"import {', '.join('prefect.' + name for name in modules)}") == 0
     await eventually(lambda: [*(hearth.place / "home" / "warm").glob("*.json")])
 
-    assert not await hearth.was_forked()
+    (library,) = (hearth.place / "home" / "warm").glob("*.json")
+    assert json.loads(library.read_text()) == ["prefect.one", "prefect.two", "prefect.three"]
     assert await hearth.was_forked()
 
 
@@ -413,8 +425,8 @@ async def test_a_zygote_that_dies_takes_no_run_with_it(hearth: Hearth, tmp_path:
     child = await hearth.start(
         f"import os, time\nwhile not os.path.exists({str(gate)!r}): time.sleep(0.01)\nprint('end')"
     )
-    (zygote,) = hearth.zygotes
-    os.kill(zygote, number)
+    (pid,) = hearth.zygotes
+    os.kill(pid, number)
     await eventually(lambda: not hearth.zygotes)
     assert await hearth.was_forked() or await hearth.was_forked(), "there is a new one"
 
@@ -425,11 +437,11 @@ async def test_a_zygote_that_dies_takes_no_run_with_it(hearth: Hearth, tmp_path:
 
 
 async def test_a_zygote_that_hangs_is_not_waited_for(hearth: Hearth, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warm, "REPLY_SECONDS", 0.2)
-    monkeypatch.setattr(warm, "LEAVE_SECONDS", 0.2)
+    monkeypatch.setattr(zygote, "REPLY_SECONDS", 0.2)
+    monkeypatch.setattr(zygote, "LEAVE_SECONDS", 0.2)
     await hearth.run()
-    (zygote,) = hearth.zygotes
-    os.kill(zygote, signal.SIGSTOP)
+    (pid,) = hearth.zygotes
+    os.kill(pid, signal.SIGSTOP)
 
     assert not await hearth.was_forked()
     await eventually(lambda: not hearth.zygotes)
@@ -444,7 +456,7 @@ async def test_one_that_was_forked_without_an_answer_is_found(hearth: Hearth, mo
             hear(self, said)
 
     monkeypatch.setattr(Zygote, "_hear", lose)
-    monkeypatch.setattr(warm, "REPLY_SECONDS", 0.5)
+    monkeypatch.setattr(zygote, "REPLY_SECONDS", 0.5)
     child = await hearth.start("import time; time.sleep(60)")
 
     assert child.identity == find_root(hearth.cookies[-1])

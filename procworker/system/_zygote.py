@@ -35,6 +35,9 @@ SCHOLARS = 16
 """How many at a time are asked what they have imported: each takes one of the zygote's files."""
 
 
+TRIAL_SECONDS = 30.0
+
+
 class Refused(Exception):
     """A fork would not be the same as a new interpreter."""
 
@@ -48,6 +51,7 @@ class Zygote:
         self.slot = find_mark(self.mark)
         self.children: dict[int, int | None] = {}  # pid -> the file that it names its modules in
         self.closure: set[str] | None = None
+        self.base: set[str] = set()
         self.failed: set[str] = set()
 
     def serve(self) -> tuple[dict[str, Any], list[int]]:
@@ -90,12 +94,15 @@ class Zygote:
         for name in FIRST[1:]:
             if importlib.util.find_spec(name):
                 importlib.import_module(name)
-        self.load(self.known)
         spec: Any = importlib.util.find_spec(ENGINE)
         self.main = spec, spec.loader.get_code(ENGINE)
         if not beforehand:
             del sys.modules[ENGINE]
             vars(sys.modules[FIRST[0]]).pop("engine", None)
+        hurry_heartbeats()
+        self.changes = changes()
+        self.base = roots()
+        self.load([name for name in self.known if root(name) in self.base])
         self.settle()
 
     def load(self, names: list[str]) -> None:
@@ -164,48 +171,144 @@ class Zygote:
             return names.read().decode().split()
 
     def learn(self, names: list[str]) -> None:
-        """Import what belongs to Prefect, and what it requires; nothing that is only some flow's."""
+        """Import what belongs to Prefect, or to what it requires, and brings along nothing that a flow may have of its
+        own, and no thread."""
         known = self.modules | self.failed | {ENGINE}
         names = [name for name in dict.fromkeys(names) if name not in known]
         if not names:
             return
         if self.closure is None:
-            self.closure = closure()
-        self.failed.update(name for name in names if name.partition(".")[0] not in self.closure)
-        if new := [name for name in names if name not in self.failed]:
-            self.load(new)
+            self.closure = closure() & self.base
+        candidates, good = [name for name in names if root(name) in self.closure], []
+        self.failed.update(name for name in names if name not in candidates)
+        while candidates:
+            harmless = self.try_out(candidates)
+            good += candidates[:harmless]
+            self.failed.update(candidates[harmless : harmless + 1])
+            candidates = candidates[harmless + 1 :]
+        if good:
+            self.load(good)
             self.settle()
-            self.say(learnt=[name for name in new if name not in self.failed])
+            self.say(learnt=[name for name in good if name not in self.failed])
+
+    def try_out(self, names: list[str]) -> int:
+        """Import them in a fork, and return how many are harmless up to the first that is not."""
+        listening, telling = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                for name in names:
+                    importlib.import_module(name)
+                    if threads() or roots() - self.base - sys.stdlib_module_names:
+                        break
+                    os.write(telling, b".")
+            finally:
+                os._exit(0)
+        os.close(telling)
+        count, deadline = 0, time.monotonic() + TRIAL_SECONDS
+        while select.select([listening], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            if not (told := os.read(listening, 4096)):
+                break
+            count += len(told)
+        else:
+            os.kill(pid, signal.SIGKILL)
+        os.close(listening)
+        os.waitpid(pid, 0)
+        return count
 
 
 def become(order: dict[str, Any], zygote: Zygote) -> tuple[Any, ModuleType]:
     """Be in this process what a new interpreter would be, and return what to execute as `__main__`."""
-    environment = order["env"]
+    environment = {name.encode("latin-1"): value.encode("latin-1") for name, value in order["env"].items()}
+    environment.update(zygote.changes)
     os.environ.clear()
-    os.environ.update(environment)
-    os.chdir(order["cwd"])
+    os.environb.update(environment)
+    os.chdir(order["cwd"].encode("latin-1"))
+    renew_stdin()
+    renew_modules()
     spec, code = zygote.main
     sys.argv = [spec.origin]
+    sys.orig_argv = [sys.orig_argv[0], "-m", ENGINE]
     if not getattr(sys.flags, "safe_path", False):
         sys.path[0] = os.getcwd()
     importlib.invalidate_caches()
     if hasattr(time, "tzset"):
         time.tzset()
-    if "tempfile" in sys.modules:
-        vars(sys.modules["tempfile"])["tempdir"] = None
-    if "multiprocessing.process" in sys.modules:
-        process: Any = sys.modules["multiprocessing.process"]
-        process.ORIGINAL_DIR = os.getcwd()
-        process.current_process().authkey = os.urandom(32)
-    if "numpy.random" in sys.modules:  # the standard library's generator sees to itself
-        sys.modules["numpy.random"].seed()
     if order["learning"] is not None:
         learn_at_exit(order["learning"], zygote.modules)
     main: Any = ModuleType("__main__")
     main.__spec__, main.__file__, main.__cached__ = spec, spec.origin, spec.cached
     main.__loader__, main.__package__ = spec.loader, spec.parent
-    sys.modules["__main__"] = main
+    for name in ("__main__", "__mp_main__"):
+        if name in sys.modules:
+            sys.modules[name] = main
     return code, main
+
+
+class Clock(ModuleType):
+    """The module `time`, but one who sleeps until it is time to look at `stop_event` is woken by that."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
+
+    def sleep(self, seconds: float) -> None:
+        stop = sys._getframe(1).f_locals.get("stop_event")
+        if isinstance(stop, threading.Event):
+            stop.wait(seconds)
+        else:
+            time.sleep(seconds)
+
+
+def hurry_heartbeats() -> None:
+    """Spare each run a second: Prefect's engine ends with waiting for a thread that sleeps in whole seconds.
+
+    The thread looks at the event after each second; so it does, and sooner, when the event has been set.
+    """
+    module: Any = sys.modules.get("prefect.flow_engine")
+    if hasattr(module, "_send_heartbeats") and getattr(module, "time", None) is time:
+        module.time = Clock("time")
+
+
+def renew_stdin() -> None:
+    """Standard input was a socket."""
+    old: Any = sys.stdin
+    new: Any = open(0, encoding=old.encoding, errors=old.errors, closefd=False)  # noqa: SIM115
+    new.reconfigure(write_through=old.write_through)
+    sys.stdin = sys.__stdin__ = new  # type: ignore[misc]
+
+
+def renew_modules() -> None:
+    """What modules have kept of the process in which they were imported."""
+    modules: dict[str, Any] = dict(sys.modules)
+    if main_thread := getattr(threading.main_thread(), "_set_native_id", None):
+        main_thread()
+    if "logging" in modules:
+        logging = modules["logging"]
+        logging._startTime = time.time_ns() if isinstance(logging._startTime, int) else time.time()
+    if "tempfile" in modules:
+        modules["tempfile"].tempdir = None
+    if "multiprocessing.process" in modules:
+        modules["multiprocessing.process"].ORIGINAL_DIR = os.getcwd()
+        modules["multiprocessing.process"].current_process().authkey = os.urandom(32)
+    if "numpy.random" in modules:  # the standard library's generator sees to itself
+        modules["numpy.random"].seed()
+    if "rich" in modules:
+        modules["rich"]._IMPORT_CWD = os.getcwd()
+
+
+def root(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def roots() -> set[str]:
+    """The top-level names of all that was imported."""
+    return {root(name) for name in list(sys.modules)}
+
+
+def changes() -> dict[bytes, bytes]:
+    """What Python and the imports have put into our environment: they would do so again."""
+    given = dict(line.split(b"=", 1) for line in environment().split(b"\0") if b"=" in line)
+    return {name: value for name, value in os.environb.items() if given.get(name) != value}
 
 
 def learn_at_exit(file: int, known: set[str]) -> None:
@@ -326,7 +429,7 @@ def read_line(channel: socket.socket) -> bytes:
 def main() -> tuple[Any, ModuleType]:
     """Be a zygote; return, in each child, what to execute and where."""
     channel = socket.socket(fileno=os.dup(0))
-    null = os.open(os.devnull, os.O_RDONLY)
+    null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
     os.close(null)
     if not getattr(sys.flags, "safe_path", False):

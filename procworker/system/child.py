@@ -118,6 +118,8 @@ def check(cwd: Path, env: Mapping[str, str]) -> None:
     if not os.path.isdir(cwd):  # unlike Path's, this one never raises
         what = "is not a directory" if os.path.exists(cwd) else "does not exist"
         raise SpawnError(f"The working directory {str(cwd)!r} {what}.")
+    if not os.access(cwd, os.X_OK):
+        raise SpawnError(f"The working directory {str(cwd)!r} must not be entered.")
     for name, value in env.items():
         if not name or "=" in name or "\0" in name + value:
             raise SpawnError(f"The environment variable {name!r} has a character that no environment can hold.")

@@ -1,0 +1,258 @@
+"""Our end of one zygote: an interpreter that waits for orders to fork (`_zygote.py`)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import anyio
+from anyio.abc import Process as Spawned
+
+from procworker.system.child import WARM, Child, check, child_of, opened
+from procworker.system.files import restore_file_limit
+from procworker.system.interpreter import Interpreter
+from procworker.system.subreaper import adoption
+from procworker.system.tree import COOKIE, LINUX, find_root
+
+SCRIPT = str(Path(__file__).with_name("_zygote.py"))
+IDLE_SECONDS, REPLY_SECONDS, LEAVE_SECONDS = 600.0, 10.0, 2.0
+
+JSON = dict[str, Any]
+wait_readable = getattr(anyio, "wait_readable", None) or anyio.wait_socket_readable  # of anyio before 4.7
+
+
+class NotForked(Exception):
+    """There is no such process: it has to be spawned. Says why."""
+
+
+class Exit:
+    """How one fork ended: its code, or None when its zygote ended before it."""
+
+    def __init__(self) -> None:
+        self.code: int | None = None
+        self.known = anyio.Event()
+
+    async def wait(self) -> int | None:
+        await self.known.wait()
+        return self.code
+
+
+class Zygote:
+    """Our end of one warm interpreter; `serve` is its life."""
+
+    def __init__(self, library: Library) -> None:
+        self.ready = anyio.Event()
+        """It can fork, or never will."""
+        self.over = ""
+        """Why it forks nothing any more."""
+        self.used_at = anyio.current_time()
+        self.exits: dict[int, Exit] = {}
+        self._library = library
+        self._channel, self._theirs = socket.socketpair()
+        self._stamps: dict[str, int] = {}
+        self._process: Spawned | None = None
+        self._gone = anyio.Event()
+        self._asking = 0
+        self._turn = anyio.Lock()
+        self._answered = anyio.Event()
+        self._answer: JSON = {}
+        self._forked = Exit()
+
+    async def serve(self, python: str, env: Mapping[str, str], cwd: Path, mark_length: int) -> None:
+        """Start it, hear what it says, and see it leave."""
+        mark = "zygote".ljust(mark_length, "-")
+        terms = {"mark": f"{COOKIE}={mark}", "modules": self._library.modules, "idle": IDLE_SECONDS}
+        with anyio.CancelScope(shield=True), self._channel:
+            try:
+                with self._theirs, adoption.spawning() as own:
+                    self._process = await anyio.open_process(
+                        [python, SCRIPT],
+                        stdin=self._theirs.fileno(),
+                        stdout=subprocess.DEVNULL,
+                        stderr=subprocess.DEVNULL,
+                        env={**env, COOKIE: mark, WARM: "1"},
+                        cwd=cwd,
+                        start_new_session=True,
+                    )
+                    own.add(self._process.pid)
+                    restore_file_limit(self._process.pid)
+                self._channel.sendall(json.dumps(terms).encode() + b"\n")
+                self._channel.setblocking(False)
+                await self._listen()
+            except OSError as error:
+                self.over = self.over or f"it cannot be talked to: {error}"
+            if self._process is not None:
+                await _see_off(self._process)
+            self._gone.set()
+            self._give_up("it has ended")
+
+    async def _listen(self) -> None:
+        rest = b""
+        while True:
+            await wait_readable(self._channel)
+            if not (piece := self._channel.recv(65536)):
+                return
+            *lines, rest = (rest + piece).split(b"\n")
+            for line in lines:
+                self._hear(json.loads(line))
+
+    def _hear(self, said: JSON) -> None:
+        if "ended" in said:
+            if exit := self.exits.pop(said["ended"], None):
+                exit.code = said["code"]
+                exit.known.set()
+            if self.over and not self.exits:
+                self.retire(self.over)
+        elif "ready" in said:
+            self._stamps = said["ready"]
+            self.ready.set()
+        elif "failed" in said:
+            self._give_up(said["failed"])
+        elif "learnt" in said:
+            self._library.add(said["learnt"])
+        else:
+            if "forked" in said:
+                self._forked = self.exits[said["forked"]] = Exit()
+            self._answer = said
+            self._answered.set()
+
+    def _give_up(self, why: str) -> None:
+        self.over = self.over or why
+        self.ready.set()
+        self._answered.set()
+        for exit in self.exits.values():
+            exit.known.set()
+        self.exits = {}
+
+    @property
+    def is_current(self) -> bool:
+        """Is on disk what it has in memory?"""
+        with suppress(OSError):
+            return all(os.stat(path).st_mtime_ns == stamp for path, stamp in self._stamps.items())
+        return False
+
+    @property
+    def is_in_use(self) -> bool:
+        return bool(self.exits or self._asking)
+
+    def close(self) -> None:
+        """End it now; what it has forked goes on."""
+        self._give_up("the worker has ended")
+        self.retire(self.over)
+
+    def retire(self, why: str) -> None:
+        """Have it fork nothing any more, and end it as soon as nothing runs that it has forked, or may be forking."""
+        self.over = self.over or why
+        if not self.is_in_use:
+            with suppress(OSError):
+                self._channel.shutdown(socket.SHUT_RDWR)
+
+    async def fork(self, *, cwd: Path, env: Mapping[str, str], stdout: Path, stderr: Path) -> Child:
+        """As spawn(); raises NotForked when there is no such process, and will be none."""
+        check(cwd, env)
+        self.used_at = anyio.current_time()
+        self._asking += 1
+        try:
+            async with self._turn:
+                return await self._fork(cwd, env, stdout, stderr)
+        finally:
+            self._asking -= 1
+            if self.over:
+                self.retire(self.over)
+
+    async def _fork(self, cwd: Path, env: Mapping[str, str], stdout: Path, stderr: Path) -> Child:
+        if self.over:
+            raise NotForked(self.over)
+        order: JSON = {"mark": f"{COOKIE}={env[COOKIE]}", "cwd": _text(str(cwd))}
+        order["env"] = {_text(name): _text(value) for name, value in env.items()}
+        self._answered, self._answer = anyio.Event(), {}
+        try:
+            with _memory(json.dumps(order).encode()) as file, opened(stdout, stderr) as handles:
+                socket.send_fds(self._channel, [b"fork\n"], [*handles, file.fileno()])
+                with anyio.move_on_after(REPLY_SECONDS):
+                    await self._answered.wait()
+        except OSError as error:
+            raise NotForked(f"it cannot be asked: {error}") from error
+        answer, exit = self._answer, self._forked
+        if "forked" in answer:
+            with adoption.spawning() as own:
+                own.add(answer["forked"])
+            return child_of(answer["forked"], exit.wait)
+        if "refused" in answer:
+            if answer["spoilt"]:
+                self._library.forget()
+                self.over = answer["refused"]
+            raise NotForked(answer["refused"])
+        # It has died, or hangs, and may have forked, or be about to: only when it is gone that can be known.
+        self.over = self.over or "it does not answer"
+        await self._kill()
+        if root := find_root(env[COOKIE]):
+            return Child(root)
+        raise NotForked(self.over)
+
+    async def _kill(self) -> None:
+        if self._process is not None and self._process.returncode is None:
+            with suppress(ProcessLookupError):
+                self._process.kill()
+        with suppress(OSError):
+            self._channel.shutdown(socket.SHUT_RDWR)
+        await self._gone.wait()
+
+
+class Library:
+    """The modules that are imported before the fork, for one Prefect in one interpreter; kept on disk."""
+
+    def __init__(self, place: Path, interpreter: Interpreter) -> None:
+        name = hashlib.sha256(os.fsencode(interpreter.path)).hexdigest()[:12]
+        self._path = place / f"prefect-{interpreter.prefect_version}-{name}.json"
+        self.modules: list[str] = []
+        with suppress(OSError, ValueError):
+            known = json.loads(self._path.read_bytes())
+            if isinstance(known, list) and all(isinstance(name, str) for name in known):
+                self.modules = known
+
+    def add(self, modules: Iterable[str]) -> None:
+        self.modules = list(dict.fromkeys([*self.modules, *modules]))
+        new = self._path.with_name(f"{self._path.name}.{os.getpid()}")
+        with suppress(OSError):
+            new.write_text(json.dumps(self.modules))
+            new.replace(self._path)
+
+    def forget(self) -> None:
+        """What was learnt was too much."""
+        self.modules = []
+        with suppress(OSError):
+            self._path.unlink()
+
+
+def _memory(data: bytes) -> Any:
+    """A file without a name: what is in it may be secret."""
+    file = open(os.memfd_create("order"), "w+b") if LINUX else tempfile.TemporaryFile()  # noqa: SIM115
+    file.write(data)
+    file.flush()
+    file.seek(0)
+    return file
+
+
+async def _see_off(process: Spawned) -> None:
+    """It leaves when nobody talks to it; when it does not, it is made to."""
+    with anyio.CancelScope(shield=True):
+        with anyio.move_on_after(LEAVE_SECONDS):
+            await process.wait()
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    adoption.disown(process.pid)
+
+
+def _text(what: str) -> str:
+    """Bytes as JSON can hold them."""
+    return os.fsencode(what).decode("latin-1")
