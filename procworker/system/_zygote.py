@@ -274,6 +274,7 @@ def renew_stdin() -> None:
     old: Any = sys.stdin
     new: Any = open(0, encoding=old.encoding, errors=old.errors, closefd=False)  # noqa: SIM115
     new.reconfigure(write_through=old.write_through)
+    new.buffer.raw.name = old.name
     sys.stdin = sys.__stdin__ = new  # type: ignore[misc]
 
 

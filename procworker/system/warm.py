@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -57,7 +56,6 @@ class Warm:
         self._place = home / "warm"
         self._zygotes: dict[Kind, Zygote] = {}
         self._retired: set[Zygote] = set()
-        self._wanted: deque[Kind] = deque(maxlen=MOST_REMEMBERED)
         self._failures: dict[Kind, tuple[int, float]] = {}
         self._said: set[str] = set()
         self._tasks: TaskGroup | None = None
@@ -102,7 +100,7 @@ class Warm:
             failures, until = self._failures.get(kind, (0, 0.0))
             if anyio.current_time() < until:
                 raise NotForked(f"it has failed {failures} times and is tried again later")
-            self._make_room(kind)
+            self._make_room()
             zygote = self._zygotes[kind] = Zygote(Library(self._place, interpreter))
             lent = {name: value for name, value in env.items() if not PER_RUN.fullmatch(name)}
             self._tasks.start_soon(zygote.serve, interpreter.path, lent, place, len(env[COOKIE]))
@@ -132,13 +130,10 @@ class Warm:
                 self._retired.add(zygote)
         self._retired = {zygote for zygote in self._retired if zygote.is_in_use}
 
-    def _make_room(self, kind: Kind) -> None:
-        """Retire who was not used for longest and has no runs, if need be; not for a kind that may never come again."""
+    def _make_room(self) -> None:
+        """Retire who was not used for longest and has no runs, unless there is room for one more."""
         if len(self._zygotes) + len(self._retired) < MOST:
             return
-        if kind not in self._wanted:
-            self._wanted.append(kind)
-            raise NotForked(f"there are {MOST} kinds of them already, and this run is the first of its kind")
         idle = [zygote for zygote in self._zygotes.values() if zygote.ready.is_set() and not zygote.is_in_use]
         if not idle:
             raise NotForked(f"{MOST} of other kinds are in use")
