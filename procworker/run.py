@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import time
-from collections import defaultdict
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from functools import partial
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol
 from uuid import UUID, uuid4
 
 import anyio
@@ -36,29 +34,10 @@ from procworker.record import ForgottenPage, Journal, Page, Record
 from procworker.report import Report
 from procworker.server.client import Client
 from procworker.server.models import Deployment, Flow, FlowRun, State, WorkPool, new_state
+from procworker.sources import Sources
 from procworker.submission import FlowRunFuture
 
-T = TypeVar("T")
-
 CANCEL_GRACE_SECONDS, STOP_GRACE_SECONDS, ASK_SECONDS = 30.0, 10.0, 2.0
-
-
-class Sources:
-    """What runs of about the same time belong to, read once each."""
-
-    def __init__(self) -> None:
-        self.since = time.monotonic()
-        self._locks: defaultdict[UUID, anyio.Lock] = defaultdict(anyio.Lock)
-        self._found: dict[UUID, Any] = {}
-
-    async def read(self, id: UUID | None, read: Callable[[UUID], Awaitable[T]]) -> T | None:
-        if id is None:
-            return None
-        async with self._locks[id]:
-            if id not in self._found:
-                self._found[id] = await patiently(partial(read, id))
-            found: T = self._found[id]
-            return found
 
 
 class Host(Protocol):

@@ -29,13 +29,14 @@ from procworker.outcome import ExitUnknown, Reason, one_line
 from procworker.pool import check_type, fill_empty_template, read_or_create
 from procworker.record import Journal, NoJournal, Page
 from procworker.registry import WorkerType
-from procworker.run import CANCEL_GRACE_SECONDS, Run, Sources, resumed
+from procworker.run import CANCEL_GRACE_SECONDS, Run, resumed
 from procworker.server import events
 from procworker.server.client import Client
 from procworker.server.models import FlowRun, WorkPool
 from procworker.server.outbox import Outbox
 from procworker.settings import Settings
 from procworker.shift import LAST_REPORT_SECONDS, Shift
+from procworker.sources import Sources
 from procworker.submission import FlowRunFuture, create_adhoc_run, entrypoint_of
 
 if TYPE_CHECKING:
@@ -44,8 +45,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 LAST_WORDS_SECONDS = 5.0
-SOURCES_SECONDS = 2.0
-"""How long deployments and flows need not be read again: no longer than a poll's answer may be used for a claim."""
 HEALTH_INTERVALS = 30
 """A worker counts as polling while its last poll is at most this many intervals old (as in Prefect)."""
 
@@ -114,8 +113,7 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
         self._tasks: TaskGroup | None = None
         self._stack = AsyncExitStack()
         self._last_polled = time.monotonic()
-        self._taken: set[UUID] = set()
-        self._sources = Sources()
+        self._taken, self._sources = set[UUID](), Sources()
         self._moved = Moved()
         self._started_event: dict[str, Any] | None = None
         self._journal: Journal = journal or NoJournal()
@@ -352,9 +350,7 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
             except ObjectNotFound as error:
                 self._logger.warning("Nothing to poll, the pool or a queue does not exist: %s", error)
                 rows = []
-            answered_at = anyio.current_time()
-            if time.monotonic() - self._sources.since > SOURCES_SECONDS:
-                self._sources = Sources()
+            self._sources, answered_at = self._sources.renewed(), anyio.current_time()
             for flow_run in intake.choose([row.flow_run for row in rows]):
                 self._admit(Run(self, flow_run, self.get_flow_run_logger(flow_run), self._sources, answered_at))
         return [run.flow_run for run in self.runs.values() if run.starting]
@@ -386,8 +382,7 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
         """Run an existing flow run now: one created in PENDING under transition_id, or a scheduled one to claim."""
         if flow_run.id in self.runs:
             raise ConfigurationError(f"flow run {flow_run.name!r} runs on this worker already")
-        log = self.get_flow_run_logger(flow_run)
-        run = Run(self, flow_run, log, Sources(), anyio.current_time(), transition_id)
+        run = Run(self, flow_run, self.get_flow_run_logger(flow_run), Sources(), anyio.current_time(), transition_id)
         run.future = FlowRunFuture(flow_run)
         self._admit(run)
         return run.future

@@ -37,7 +37,7 @@ LAYERS = [
     {"server", "system"},
     {"configuration"},
     {"outcome", "pool", "registry", "submission"},
-    {"record", "report"},
+    {"record", "report", "sources"},
     {"claim"},
     {"run"},
     {"cancels", "intake", "shift"},
@@ -49,7 +49,7 @@ LAYERS = [
 """Each part may import from the lines above its own. Parts on one line do not know each other."""
 
 NO_PROCESSES = {
-    *("configuration", "outcome", "pool", "registry", "submission", "record", "report", "claim", "run"),
+    *("configuration", "outcome", "pool", "registry", "submission", "record", "report", "sources", "claim", "run"),
     *("cancels", "intake", "shift", "worker"),
 }
 """Parts that could import system/ by their place, but must not know that processes exist."""

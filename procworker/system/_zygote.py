@@ -1,7 +1,7 @@
 """An interpreter that has imported what Prefect's engine needs, and forks one process per flow run on request.
 
-It is run by the Python of the flows, by path, and needs nothing but that Python's standard library. Its standard input
-is a Unix socket to the worker:
+It is run by the Python of the flows, by path, and needs nothing but that Python's standard library and `_fork.py`. Its
+standard input is a Unix socket to the worker:
 
     worker:  one line of JSON, the terms; then "fork" lines, each with the descriptors of stdout, stderr and an order
     zygote:  {"ready": {path: mtime}} or {"failed": why}; {"forked": pid} or {"refused": why} to each "fork";
@@ -24,7 +24,16 @@ import sys
 import threading
 import time
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from procworker.system._fork import Tls, become, changes, find_mark, spare, write_mark
+else:
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    from _fork import Tls, become, changes, find_mark, spare, write_mark
+
+    # No flow shall see it.
+    del sys.path[0], sys.modules["_fork"]
 
 ENGINE = "prefect.engine"
 FIRST = ("prefect", ENGINE, "prefect.flow_engine")
@@ -99,9 +108,9 @@ class Zygote:
         if not beforehand:
             del sys.modules[ENGINE]
             vars(sys.modules[FIRST[0]]).pop("engine", None)
-        hurry_heartbeats()
         self.changes = changes()
         self.base = roots()
+        self.tls = Tls()
         self.load([name for name in self.known if root(name) in self.base])
         self.settle()
 
@@ -114,6 +123,7 @@ class Zygote:
 
     def settle(self) -> None:
         """What is here stays: forks share it as long as the collector leaves it alone."""
+        spare(self.tls)
         gc.collect()
         gc.freeze()
         self.modules = set(sys.modules)
@@ -217,86 +227,6 @@ class Zygote:
         return count
 
 
-def become(order: dict[str, Any], zygote: Zygote) -> tuple[Any, ModuleType]:
-    """Be in this process what a new interpreter would be, and return what to execute as `__main__`."""
-    environment = {name.encode("latin-1"): value.encode("latin-1") for name, value in order["env"].items()}
-    environment.update(zygote.changes)
-    os.environ.clear()
-    os.environb.update(environment)
-    os.chdir(order["cwd"].encode("latin-1"))
-    renew_stdin()
-    renew_modules()
-    spec, code = zygote.main
-    sys.argv = [spec.origin]
-    sys.orig_argv = [sys.orig_argv[0], "-m", ENGINE]
-    if not getattr(sys.flags, "safe_path", False):
-        sys.path[0] = os.getcwd()
-    importlib.invalidate_caches()
-    if hasattr(time, "tzset"):
-        time.tzset()
-    if order["learning"] is not None:
-        learn_at_exit(order["learning"], zygote.modules)
-    main: Any = ModuleType("__main__")
-    main.__spec__, main.__file__, main.__cached__ = spec, spec.origin, spec.cached
-    main.__loader__, main.__package__ = spec.loader, spec.parent
-    for name in ("__main__", "__mp_main__"):
-        if name in sys.modules:
-            sys.modules[name] = main
-    return code, main
-
-
-class Clock(ModuleType):
-    """The module `time`, but one who sleeps until it is time to look at `stop_event` is woken by that."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(time, name)
-
-    def sleep(self, seconds: float) -> None:
-        stop = sys._getframe(1).f_locals.get("stop_event")
-        if isinstance(stop, threading.Event):
-            stop.wait(seconds)
-        else:
-            time.sleep(seconds)
-
-
-def hurry_heartbeats() -> None:
-    """Spare each run a second: Prefect's engine ends with waiting for a thread that sleeps in whole seconds.
-
-    The thread looks at the event after each second; so it does, and sooner, when the event has been set.
-    """
-    module: Any = sys.modules.get("prefect.flow_engine")
-    if hasattr(module, "_send_heartbeats") and getattr(module, "time", None) is time:
-        module.time = Clock("time")
-
-
-def renew_stdin() -> None:
-    """Standard input was a socket."""
-    old: Any = sys.stdin
-    new: Any = open(0, encoding=old.encoding, errors=old.errors, closefd=False)  # noqa: SIM115
-    new.reconfigure(write_through=old.write_through)
-    new.buffer.raw.name = old.name
-    sys.stdin = sys.__stdin__ = new  # type: ignore[misc]
-
-
-def renew_modules() -> None:
-    """What modules have kept of the process in which they were imported."""
-    modules: dict[str, Any] = dict(sys.modules)
-    if main_thread := getattr(threading.main_thread(), "_set_native_id", None):
-        main_thread()
-    if "logging" in modules:
-        logging = modules["logging"]
-        logging._startTime = time.time_ns() if isinstance(logging._startTime, int) else time.time()
-    if "tempfile" in modules:
-        modules["tempfile"].tempdir = None
-    if "multiprocessing.process" in modules:
-        modules["multiprocessing.process"].ORIGINAL_DIR = os.getcwd()
-        modules["multiprocessing.process"].current_process().authkey = os.urandom(32)
-    if "numpy.random" in modules:  # the standard library's generator sees to itself
-        modules["numpy.random"].seed()
-    if "rich" in modules:
-        modules["rich"]._IMPORT_CWD = os.getcwd()
-
-
 def root(name: str) -> str:
     return name.partition(".")[0]
 
@@ -304,29 +234,6 @@ def root(name: str) -> str:
 def roots() -> set[str]:
     """The top-level names of all that was imported."""
     return {root(name) for name in list(sys.modules)}
-
-
-def changes() -> dict[bytes, bytes]:
-    """What Python and the imports have put into our environment: they would do so again."""
-    given = dict(line.split(b"=", 1) for line in environment().split(b"\0") if b"=" in line)
-    return {name: value for name, value in os.environb.items() if given.get(name) != value}
-
-
-def learn_at_exit(file: int, known: set[str]) -> None:
-    """Name the modules of this run; of all that is done at exit this is the last."""
-    import atexit
-
-    pid, status = os.getpid(), os.fstat(file)
-
-    def tell() -> None:
-        try:
-            # Another process of the run has nothing to say, and what a flow has closed may be another file now.
-            if os.getpid() == pid and os.path.samestat(os.fstat(file), status):
-                os.write(file, " ".join(name for name in list(sys.modules) if name not in known).encode())
-        except OSError:
-            pass
-
-    atexit.register(tell)
 
 
 def threads() -> str:
@@ -347,36 +254,6 @@ def memory() -> int:
 
     with tempfile.TemporaryFile() as file:
         return os.dup(file.fileno())
-
-
-def find_mark(mark: str) -> tuple[int, int]:
-    """Where in memory the environment that this process was started with has its mark: others look there."""
-    import ctypes
-
-    getenv = ctypes.CDLL(None).getenv
-    getenv.restype = ctypes.c_void_p
-    name, value = mark.split("=", 1)
-    slot = getenv(name.encode()), len(value)
-    if slot[0] is None or value.encode() not in environment():
-        raise Refused("its environment cannot be found")
-    write_mark(slot, f"{name}={value[::-1]}")
-    if value[::-1].encode() not in environment():
-        raise Refused("its environment cannot be marked")
-    write_mark(slot, mark)
-    return slot
-
-
-def environment() -> bytes:
-    with open("/proc/self/environ", "rb") as file:
-        return file.read()
-
-
-def write_mark(slot: tuple[int, int], mark: str) -> None:
-    import ctypes
-
-    address, length = slot
-    value = mark.split("=", 1)[1].encode()
-    ctypes.memmove(address, value, length)
 
 
 def stamps() -> dict[str, int]:
@@ -444,7 +321,8 @@ def main() -> tuple[Any, ModuleType]:
         finally:
             os._exit(1)
     zygote.leave(order, *handles)
-    return become(order, zygote)
+    spec, code = zygote.main
+    return code, become(order, spec, zygote.changes, zygote.modules)
 
 
 if __name__ == "__main__":
