@@ -11,6 +11,7 @@ import logging
 import os
 import resource
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
@@ -459,6 +460,33 @@ async def test_one_that_was_forked_without_an_answer_is_found(hearth: Hearth, mo
     os.kill(child.pid, signal.SIGKILL)
     with anyio.fail_after(20):
         assert await child.wait() is None
+
+
+@pytest.mark.parametrize("is_slow", [False, True])
+async def test_who_may_still_fork_is_never_replaced(
+    hearth: Hearth, monkeypatch: pytest.MonkeyPatch, is_slow: bool
+) -> None:
+    """Else the engine would run twice: spawned, and forked a moment later."""
+    ran = hearth.place / "ran"
+    code = f"import os; os.write(os.open({str(ran)!r}, os.O_WRONLY | os.O_APPEND | os.O_CREAT), b'x')"
+    await hearth.run()
+    (pid,) = hearth.zygotes
+    (theirs,) = hearth.warm._zygotes.values()
+    send = socket.send_fds
+
+    def send_and_retire(*what: Any) -> int:
+        if is_slow:
+            os.kill(pid, signal.SIGSTOP)
+        sent = send(*what)
+        theirs.retire("another kind is wanted")
+        return sent
+
+    monkeypatch.setattr(socket, "send_fds", send_and_retire)
+    monkeypatch.setattr(zygote, "REPLY_SECONDS", 1.0)
+    assert await hearth.run(code) in (0, None)
+    await eventually(lambda: not misbehave.survivors(hearth.cookies[-1]))
+    await eventually(lambda: pid not in hearth.zygotes)
+    assert ran.read_text() == "x"
 
 
 async def test_before_and_after_its_life_everything_is_spawned(tmp_path: Path) -> None:

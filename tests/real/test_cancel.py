@@ -22,6 +22,7 @@ from procworker.process import ProcessWorker
 
 pytestmark = [pytest.mark.real, pytest.mark.long]
 
+BOTH = ("3.8", "2.20")
 FULL = bool(os.environ.get("PROCWORKER_TEST_FULL"))
 """Every cell of the table; else, of the engines between the oldest and the newest, the first only."""
 
@@ -124,13 +125,20 @@ def look_at(api: Api, place: Place, run: str) -> Ended:
     return Ended(finals, states[-1], " ".join(marks.get("hooks", "").split()), gone)
 
 
-@pytest.mark.parametrize("method", ["spawn", "fork"])
-@pytest.mark.parametrize("engine", HOOKS)
+@pytest.mark.parametrize(
+    ("engine", "method"),
+    [
+        (engine, method)
+        for engine in HOOKS
+        for method in ("spawn", "fork")
+        if FULL or method == "spawn" or engine in BOTH
+    ],
+)
 def test_a_run_gets_one_final_state_and_the_hooks_of_the_table(
     engine: str, method: str, place: Place, request: pytest.FixtureRequest
 ) -> None:
     prefect = request.getfixturevalue(f"prefect{engine.replace('.', '')}")
-    everything = FULL or engine in ("3.8", "2.20")
+    everything = FULL or engine in BOTH
     ended, log = play(prefect, place, list(DOING) if everything else list(DOING)[:1], method)
     wrong = {title: end for title, end in ended.items() if not end.is_as(DOING[title], HOOKS[engine][title])}
     assert not wrong, log

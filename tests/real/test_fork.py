@@ -27,7 +27,7 @@ from procworker.process import ProcessWorker
 from procworker.system.interpreter import find_interpreter
 from procworker.system.warm import Warm
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.long]
 
 FULL = bool(os.environ.get("PROCWORKER_TEST_FULL"))
 REPETITIONS = 20 if FULL else 2
@@ -406,7 +406,7 @@ def stage(version: str, request: pytest.FixtureRequest) -> Stage:
     return found
 
 
-EVERY = ["38", pytest.param("220", marks=pytest.mark.long)]
+EVERY = ["38", "220"] if FULL else ["38"]
 each_version = pytest.mark.parametrize("version", EVERY)
 newest = pytest.mark.parametrize("version", ["38"])
 
