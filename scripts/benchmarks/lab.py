@@ -36,7 +36,7 @@ class Lab(NamedTuple):
 
     def api(self, method: str, path: str, body: Any = None) -> Any:
         """Ask the server, which under load says 503 now and then."""
-        for pause in (1, 2, 4, 0):
+        for pause in (1, 2, 4, 8, 16, 0):
             if (answer := self.client.request(method, path, json=body)).status_code != 503:
                 break
             time.sleep(pause)
