@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from sys import intern
 from typing import Any, Literal
 
 import anyio
@@ -28,7 +29,7 @@ from procworker.system.control import Control, Session
 from procworker.system.deadman import dead_mans_switch
 from procworker.system.interpreter import Interpreter, find_interpreter, inherited, locate
 from procworker.system.journal import Journal, Page
-from procworker.system.output import Follower, Mask, Sink
+from procworker.system.output import Follower, Mask, Sink, Watch
 from procworker.system.printer import print_line
 from procworker.system.tree import COOKIE, Family, Process, age, describe, find_root, is_touchable
 from procworker.system.warm import Start, Warm
@@ -145,6 +146,7 @@ class ProcessWorker(BaseWorker[ProcessJobConfiguration, ProcessVariables, Proces
         self._live: dict[str, Live] = {}
         self._control = Control()
         self._warm = Warm(settings.state_home)
+        self._output_watch = Watch()
 
     async def setup(self) -> None:
         async with AsyncExitStack() as stack:
@@ -154,6 +156,7 @@ class ProcessWorker(BaseWorker[ProcessJobConfiguration, ProcessVariables, Proces
                 heir = (self._settings, self._journal.owner, self.name)
                 stack.enter_context(dead_mans_switch(__name__, end_runs_of.__name__, heir))
             await stack.enter_async_context(self._warm)
+            await stack.enter_async_context(self._output_watch)
             await super().setup()
             stack.push_async_exit(self._stack)
             self._stack = stack.pop_all()
@@ -166,7 +169,8 @@ class ProcessWorker(BaseWorker[ProcessJobConfiguration, ProcessVariables, Proces
             python = configuration._interpreter.path
         elif configuration.python:
             python = locate(configuration.python)
-        return {"PYTHONUNBUFFERED": "1", **inherited(os.environ, python), **self._settings.exported}
+        env = {"PYTHONUNBUFFERED": "1", **inherited(os.environ, python), **self._settings.exported}
+        return {intern(name): intern(value) for name, value in env.items()}  # hundreds of runs share them
 
     async def run(
         self,
@@ -194,6 +198,7 @@ class ProcessWorker(BaseWorker[ProcessJobConfiguration, ProcessVariables, Proces
                 with anyio.CancelScope(shield=True):
                     try:
                         child = await start(argv, cwd=cwd, env=env, stdout=page.stdout, stderr=page.stderr)
+                        del env  # it would be kept as long as the run lives
                     except Exception:
                         # It may have been started all the same: no thread could be had to wait for it.
                         if root := find_root(page.name):
@@ -247,7 +252,7 @@ class ProcessWorker(BaseWorker[ProcessJobConfiguration, ProcessVariables, Proces
         mask = Mask(self._settings.secrets() | (secrets or frozenset()))
         shown = configuration.stream_output and secrets is not None
         sink = partial(self._print, flow_run.name, mask) if shown else None
-        follower = Follower(page, sink, resume=resume)
+        follower = Follower(page, sink, resume=resume, watch=self._output_watch)
         try:
             if task_status is not None:
                 task_status.started(child.pid)
@@ -312,17 +317,10 @@ class ProcessWorker(BaseWorker[ProcessJobConfiguration, ProcessVariables, Proces
 
 async def _exit_of(child: Child, family: Family) -> int | None:
     """Wait for the exit of a run's first process; None when it cannot be known, or when the process cannot be ended."""
-    code = None
-
-    async def give_up() -> None:
-        await family.given_up.wait()
-        waiting.cancel_scope.cancel()
-
-    async with anyio.create_task_group() as waiting:
-        waiting.start_soon(give_up)
-        code = await child.wait()
-        waiting.cancel_scope.cancel()
-    return code
+    with anyio.CancelScope() as waiting:
+        family.on_giving_up = waiting.cancel
+        return None if family.given_up else await child.wait()
+    return None
 
 
 @contextmanager

@@ -240,6 +240,7 @@ class Run:
         # In a thread: it may ask an interpreter which Prefect it has.
         configuration._inherited = await anyio.to_thread.run_sync(host._inherited_environment, configuration)
         configuration.prepare(flow_run, self.deployment, self.flow, pool, host.name, host.backend_id)
+        configuration._inherited = None
         self.configuration = configuration
 
     async def _execute(self, configuration: BaseJobConfiguration) -> None:

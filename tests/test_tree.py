@@ -695,7 +695,7 @@ async def test_what_cannot_be_killed_is_named(start: Start, monkeypatch: pytest.
         await family.end(0.0)
 
     assert family.survivors == {immortal.process}
-    assert not family.given_up.is_set()
+    assert not family.given_up
     assert one.popen.wait(10) in (-signal.SIGTERM, -signal.SIGKILL)
 
 

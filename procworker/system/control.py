@@ -12,6 +12,7 @@ import logging
 import secrets
 from collections import deque
 from contextlib import AsyncExitStack, suppress
+from functools import cached_property
 from typing import Any
 
 import anyio
@@ -44,10 +45,17 @@ class Session:
         self._token = token.encode()
         self._expected = expected
         self._stream: SocketStream | None = None
-        self._sending = anyio.Lock()
         self._talk = CancelScope()
-        self._answered = anyio.Event()
         self._asked = self._acked = False
+
+    # Only who is spoken with needs them; there may be hundreds who are not.
+    @cached_property
+    def _sending(self) -> anyio.Lock:
+        return anyio.Lock()
+
+    @cached_property
+    def _answered(self) -> anyio.Event:
+        return anyio.Event()
 
     @property
     def connected(self) -> bool:

@@ -7,17 +7,19 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import anyio
 import anyio.lowlevel
+from anyio.abc import TaskGroup
 
 from procworker.system.printer import PRINTER
 from procworker.system.spool import CAP, Spool
 
 TAIL_LINES = 20
-POLL_SECONDS = 0.1
+POLL_SECONDS, AT_ONCE = 0.1, 150
 PATIENCE_SECONDS, LINGER_SECONDS = 2.0, 30.0
 """How long a run that has ended waits for a sink that takes nothing, and in all for one that is slow."""
 SLICE_SECONDS = 0.005
@@ -58,6 +60,55 @@ class Mask:
         return self._pattern.sub("***", text) if self._pattern else text
 
 
+class Watch:
+    """One look at the files of all followers, again and again: hundreds of followers need no clocks of their own.
+
+    Of more than AT_ONCE each is looked at less often, in turn.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[Follower, anyio.Event] = {}
+        self._tasks: TaskGroup | None = None
+
+    @property
+    def is_on(self) -> bool:
+        return self._tasks is not None
+
+    async def __aenter__(self) -> Watch:
+        self._tasks = anyio.create_task_group()
+        await self._tasks.__aenter__()
+        self._tasks.start_soon(self._look)
+        return self
+
+    async def __aexit__(self, *exc_info: Any) -> None:
+        assert self._tasks
+        tasks, self._tasks = self._tasks, None
+        tasks.cancel_scope.cancel()
+        await tasks.__aexit__(*exc_info)
+
+    async def news(self, follower: Follower) -> None:
+        """Wait until there is something for it to do."""
+        event = self._waiting[follower] = anyio.Event()
+        try:
+            await event.wait()
+        finally:
+            self._waiting.pop(follower, None)
+
+    def wake(self, follower: Follower) -> None:
+        if event := self._waiting.get(follower):
+            event.set()
+
+    async def _look(self) -> None:
+        while True:
+            await anyio.sleep(POLL_SECONDS)
+            for follower in list(islice(self._waiting, AT_ONCE)):
+                event = self._waiting.pop(follower)
+                if follower.has_news():
+                    event.set()
+                else:
+                    self._waiting[follower] = event
+
+
 class _Stream:
     """A spool, and what was read from it but not handed over yet."""
 
@@ -70,7 +121,7 @@ class Follower:
     """Hand every line of a run's two files to a sink, in order per stream, and keep the last ones in `tail`.
 
     Each file is kept within `cap` bytes on disk (None: no cap); `cap` and `punch` are Spool's. With `resume`, what is
-    there already is not handed over again: only the tail knows it.
+    there already is not handed over again: only the tail knows it. A `watch` looks at the files while nothing happens.
     """
 
     def __init__(
@@ -81,10 +132,12 @@ class Follower:
         resume: bool = False,
         cap: int | None = CAP,
         punch: bool = True,
+        watch: Watch | None = None,
     ) -> None:
         paths = {"stdout": directory.stdout, "stderr": directory.stderr}
         self._streams = [_Stream(Spool(name, path, cap, punch=punch)) for name, path in paths.items()]
         self._sink = sink
+        self._watch = watch or Watch()
         self._resume = resume
         self._room = CAP if cap is None else cap
         self._retry = RETRY_SECONDS
@@ -99,6 +152,10 @@ class Follower:
             stream.spool.stop()
         self._ended_at = time.monotonic()
         self._ended.set()
+        self._watch.wake(self)
+
+    def has_news(self) -> bool:
+        return not all(stream.spool.is_as_seen() for stream in self._streams)
 
     async def follow(self) -> None:
         """Read until `end` was called and nothing is left; from then on a sink that takes nothing for 2 s is given up.
@@ -121,8 +178,10 @@ class Follower:
                 self._retry = min(2 * self._retry, POLL_SECONDS)
             elif ended:
                 break
+            elif (pause := self._pause()) == POLL_SECONDS and self._watch.is_on:
+                await self._watch.news(self)
             else:
-                with anyio.move_on_after(self._pause()):
+                with anyio.move_on_after(pause):
                     await self._ended.wait()
 
     def _turn(self, stream: _Stream) -> tuple[bool, bool]:

@@ -95,6 +95,14 @@ class Spool:
             self._rest = b""
         return [*self._mark(), *map(_text, lines)], more
 
+    def is_as_seen(self) -> bool:
+        """Is nothing new in the file since the last look? One stat."""
+        try:
+            status = os.stat(self._path)
+        except OSError:
+            return True
+        return (status.st_size, status.st_mtime_ns) == (self._size, self._changed)
+
     def trim(self) -> None:
         """Keep the cap while nothing is read. One stat, unless there is much to free."""
         with suppress(OSError):

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from functools import cached_property
 from typing import NamedTuple
 from weakref import WeakSet
 
@@ -248,16 +249,20 @@ class Family:
         self.cookie = cookie
         self.ended: set[Process] = set()
         self.survivors: set[Process] = set()
-        self.given_up = anyio.Event()
-        """Set when the root itself cannot be killed."""
+        self.given_up = False
+        """Could the root itself not be killed?"""
+        self.on_giving_up: Callable[[], None] | None = None
         self._lookout = Lookout(scan) if scan else _lookout
         self._known = {root}
         self._session_open = True
         self.is_ending = False
-        self._lock = anyio.Lock()
         self._deadline = float("inf")
         self._saw_all = False
         _families.add(self)
+
+    @cached_property
+    def _lock(self) -> anyio.Lock:
+        return anyio.Lock()
 
     def close(self) -> None:
         """The run is over: what comes up now is not its work, and what may stay of it is spared for good."""
@@ -332,7 +337,9 @@ class Family:
             self.survivors = await self._kill(gone)
             self._deadline = float("inf")
             if self.root in self.survivors:
-                self.given_up.set()
+                self.given_up = True
+                if self.on_giving_up:
+                    self.on_giving_up()
 
     async def _look(self) -> set[Process]:
         seen = await self._lookout.look()
