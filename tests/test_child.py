@@ -9,6 +9,7 @@ import signal
 import stat
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -409,7 +410,9 @@ async def test_a_child_does_not_inherit_the_raised_file_limit(tmp_path: Path) ->
     resource.setrlimit(resource.RLIMIT_NOFILE, (1000, before[1]))
     code = "import time, resource; time.sleep(0.2); print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
     try:
-        with raised_file_limit():
+        with raised_file_limit(), ExitStack() as stack:
+            for _ in range(501):
+                stack.enter_context(open(os.devnull))  # noqa: ASYNC230
             child = await spawn(
                 [sys.executable, "-c", code],
                 cwd=tmp_path,
@@ -418,6 +421,7 @@ async def test_a_child_does_not_inherit_the_raised_file_limit(tmp_path: Path) ->
                 stderr=tmp_path / "err",
             )
             assert await child.wait() == 0
+            assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 1000
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     assert (tmp_path / "out").read_text() == "1000\n"

@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,9 @@ from commands import fake_prefect
 from procworker.errors import SpawnError
 from procworker.system import warm, zygote
 from procworker.system.child import Child
-from procworker.system.files import raised_file_limit
+from procworker.system.files import file_limit, raised_file_limit
 from procworker.system.interpreter import Interpreter
+from procworker.system.subreaper import subreaper
 from procworker.system.tree import COOKIE, LINUX, find_root
 from procworker.system.warm import Warm
 from procworker.system.zygote import Zygote
@@ -201,6 +202,12 @@ async def test_it_has_the_file_limit_that_its_worker_was_started_with(hearth: He
     code = "import resource; print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
     try:
         with raised_file_limit():
+            file_limit.make_room()
+            assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 1000, "nothing needs it"
+            with ExitStack() as stack:
+                for _ in range(501):
+                    stack.enter_context(open(os.devnull))  # noqa: ASYNC230
+                file_limit.make_room()
             assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 1000
             assert await hearth.run(code) == 0
             assert await hearth.run(code, PREFECT_LOGGING_LEVEL="DEBUG") == 0
@@ -238,7 +245,9 @@ async def test_what_acts_at_the_start_makes_another_kind(hearth: Hearth, name: s
     assert len(hearth.zygotes) == count
 
 
-@pytest.mark.parametrize(("name", "text"), [(name, word.decode()) for name, word in warm.SETTINGS_FILES.items()])
+@pytest.mark.parametrize(
+    ("name", "text"), [(".env", "prefect_x=1"), ("prefect.toml", ""), ("pyproject.toml", "[tool]\nprefect.x=1")]
+)
 async def test_settings_in_the_directory_are_read_there(hearth: Hearth, tmp_path: Path, name: str, text: str) -> None:
     (hearth.prefect / "__init__.py").write_text(f"import os\nSAW = os.path.exists({name!r})\n")
     place = tmp_path / "place"
@@ -413,7 +422,7 @@ async def test_no_python_no_zygote(hearth: Hearth, tmp_path: Path, caplog: pytes
     hearth.interpreter = Interpreter(str(tmp_path / "python"), "3.8.8")
 
     assert not await hearth.was_forked()
-    assert "cannot be talked to" in caplog.text
+    assert "No such file" in caplog.text
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -431,6 +440,19 @@ async def test_a_zygote_that_dies_takes_no_run_with_it(hearth: Hearth, tmp_path:
     with anyio.fail_after(20):
         assert await child.wait() is None, "nobody can know"
     assert hearth.said(0) == ["end"]
+
+
+async def test_a_subreaper_learns_the_code_all_the_same(hearth: Hearth, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    async with subreaper():
+        child = await hearth.start(
+            f"import os, time\nwhile not os.path.exists({str(gate)!r}): time.sleep(0.01)\nraise SystemExit(5)"
+        )
+        os.kill(hearth.zygotes[0], signal.SIGKILL)
+        await eventually(lambda: not hearth.zygotes)
+        gate.touch()
+        with anyio.fail_after(20):
+            assert await child.wait() == 5
 
 
 async def test_a_zygote_that_hangs_is_not_waited_for(hearth: Hearth, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -460,6 +482,111 @@ async def test_one_that_was_forked_without_an_answer_is_found(hearth: Hearth, mo
     os.kill(child.pid, signal.SIGKILL)
     with anyio.fail_after(20):
         assert await child.wait() is None
+
+
+@pytest.mark.parametrize("name", ["A=B", "", "A\0B"])
+async def test_a_variable_that_cannot_be_is_named_and_is_no_trouble_of_others(hearth: Hearth, name: str) -> None:
+    with pytest.raises(SpawnError, match="environment variable"):
+        await hearth.run(**{name: "1"})
+
+    assert await hearth.was_forked()
+
+
+async def test_text_that_no_system_takes_is_spawned_and_refused_there(hearth: Hearth) -> None:
+    with pytest.raises(SpawnError):
+        await hearth.run(X="\ud800")
+
+    assert await hearth.was_forked()
+
+
+async def test_without_memory_files_others_are_used(hearth: Hearth, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "memfd_create")
+    assert await hearth.was_forked()
+
+
+async def test_an_engine_that_ended_before_anybody_looked_is_not_started_again(
+    hearth: Hearth, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = hearth.place / "ran"
+    code = f"import os; os.write(os.open({str(ran)!r}, os.O_WRONLY | os.O_APPEND | os.O_CREAT), b'x')"
+    await hearth.run()
+    hear = Zygote._hear
+    monkeypatch.setattr(Zygote, "_hear", lambda self, said: None if "forked" in said else hear(self, said))
+    monkeypatch.setattr(zygote, "REPLY_SECONDS", 1.0)
+
+    assert await hearth.run(code) is None
+    assert ran.read_text() == "x"
+
+
+async def test_a_zygote_that_hangs_keeps_no_run_from_its_end(hearth: Hearth, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zygote, "REPLY_SECONDS", 0.2)
+    monkeypatch.setattr(zygote, "LOOK_SECONDS", 0.1)
+    gate = hearth.place / "gate"
+    child = await hearth.start(f"import os, time\nwhile not os.path.exists({str(gate)!r}): time.sleep(0.01)")
+    (pid,) = hearth.zygotes
+    os.kill(pid, signal.SIGSTOP)
+    gate.touch()
+
+    with anyio.fail_after(20):
+        assert await child.wait() is None
+    assert pid not in hearth.zygotes
+
+
+async def test_what_is_slow_to_import_is_not_learnt_and_holds_nobody_up_again(
+    hearth: Hearth, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (hearth.prefect / "slow.py").write_text("import os, time\nif 'PREFECT__CODE' not in os.environ: time.sleep(60)\n")
+    (hearth.prefect / "good.py").touch()
+    assert await hearth.run("import prefect.slow, prefect.good") == 0
+    with anyio.fail_after(zygote.REPLY_SECONDS):
+        assert await hearth.was_forked()
+    (pid,) = hearth.zygotes
+    assert await hearth.run("import prefect.slow, prefect.good") == 0
+    with anyio.fail_after(2):
+        assert await hearth.was_forked()
+    assert psutil.Process(pid).children() == []
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": 1}', "[1]", '["prefect", "this", "no.such.module"]'])
+async def test_whatever_stands_in_the_library_is_no_trouble(hearth: Hearth, text: str) -> None:
+    (hearth.prefect / "extra.py").touch()
+    await hearth.run("import prefect.extra")
+    await eventually(lambda: [*(hearth.place / "home" / "warm").glob("*.json")])
+    (library,) = (hearth.place / "home" / "warm").glob("*.json")
+    library.write_text(text)
+    async with Warm(hearth.place / "home") as hearth.warm:
+        assert await hearth.was_forked()
+
+
+async def test_two_workers_learn_together(hearth: Hearth) -> None:
+    for name in ("one", "two"):
+        (hearth.prefect / f"{name}.py").touch()
+    own, place = hearth.warm, hearth.place / "home" / "warm"
+    async with Warm(hearth.place / "home") as other:
+        await hearth.run(PREFECT_X="1")
+        hearth.warm = other
+        await hearth.run(PREFECT_X="2")
+        for hearth.warm, name, kind in ((own, "one", "1"), (other, "two", "2")):
+            await hearth.run(f"import prefect.{name}", PREFECT_X=kind)
+            names = [json.dumps(f"prefect.{n}") for n in ("one", "two")][: 1 + (name == "two")]
+            await eventually(
+                lambda names=names: any(all(n in p.read_text() for n in names) for p in place.glob("*.json"))
+            )
+        hearth.warm = own
+
+
+async def test_what_a_flow_writes_where_modules_are_named_harms_nobody(hearth: Hearth) -> None:
+    code = """
+import os
+for fd in os.listdir("/proc/self/fd"):
+    try:
+        if "memfd" in os.readlink(f"/proc/self/fd/{fd}"): os.write(int(fd), b"\\xff \\xfe")
+    except OSError: pass
+"""
+    assert await hearth.run(code) == 0
+    (pid,) = hearth.zygotes
+    assert await hearth.was_forked()
+    assert hearth.zygotes == [pid]
 
 
 @pytest.mark.parametrize("patience", [5.0, 0.1])
@@ -502,4 +629,7 @@ async def test_before_and_after_its_life_everything_is_spawned(tmp_path: Path) -
     fake_prefect(tmp_path / "prefect", ENGINE)
     hearth = Hearth(tmp_path, Warm(tmp_path / "home"))
 
+    assert not await hearth.was_forked()
+    async with hearth.warm:
+        assert await hearth.was_forked()
     assert not await hearth.was_forked()

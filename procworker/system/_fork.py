@@ -77,7 +77,8 @@ def learn_at_exit(file: int, known: set[str]) -> None:
         try:
             # Another process of the run has nothing to say, and what a flow has closed may be another file now.
             if os.getpid() == pid and os.path.samestat(os.fstat(file), status):
-                os.write(file, " ".join(name for name in list(sys.modules) if name not in known).encode())
+                names = [name for name in list(sys.modules) if isinstance(name, str) and name not in known]
+                os.write(file, " ".join(names).encode(errors="replace"))
         except OSError:
             pass
 
@@ -126,13 +127,14 @@ def spare(tls: Tls) -> None:
     engine = prefects.get("prefect.flow_engine", {})
     if "_send_heartbeats" in engine and engine.get("time") is time:
         engine["time"] = Clock("time")
-    for module in prefects.values():
+    files = [os.environ.get("PREFECT_API_SSL_CERT_FILE"), os.environ.get("SSL_CERT_FILE")]
+    if "certifi" in sys.modules:
+        files.append(sys.modules["certifi"].where())
+    for name, module in prefects.items():
         if module.get("ssl") is sys.modules["ssl"]:
             module["ssl"] = tls
-    if "certifi" in sys.modules:
-        files = (os.environ.get("PREFECT_API_SSL_CERT_FILE"), os.environ.get("SSL_CERT_FILE"))
-        with suppress(OSError, ValueError):
-            tls.create_default_context(cafile=next(filter(None, files), sys.modules["certifi"].where()))
+            with suppress(OSError, ValueError, StopIteration):
+                tls.context(next(filter(None, files)), name)
 
 
 class Clock(ModuleType):
@@ -171,8 +173,12 @@ class Tls(ModuleType):
     def create_default_context(self, *args: Any, **how: Any) -> Any:
         if args or set(how) != {"cafile"}:
             return self._ssl.create_default_context(*args, **how)
-        status = os.stat(how["cafile"])
-        key = how["cafile"], status.st_mtime_ns, status.st_size, status.st_ino
+        return self.context(how["cafile"], sys._getframe(1).f_globals.get("__name__"))
+
+    def context(self, file: str, asking: str | None) -> Any:
+        """Each module has its own: what HTTP clients negotiate must not get into the context of websockets."""
+        status = os.stat(file)
+        key = asking, file, status.st_mtime_ns, status.st_size, status.st_ino
         if key not in self._contexts:
-            self._contexts[key] = self._ssl.create_default_context(**how)
+            self._contexts[key] = self._ssl.create_default_context(cafile=file)
         return self._contexts[key]

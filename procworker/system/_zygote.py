@@ -3,7 +3,7 @@
 It is run by the Python of the flows, by path, and needs nothing but that Python's standard library and `_fork.py`. Its
 standard input is a Unix socket to the worker:
 
-    worker:  one line of JSON, the terms; then "fork" lines, each with the descriptors of stdout, stderr and an order
+    worker:  "terms" with the descriptor of a file of JSON; then "fork" with those of stdout, stderr and a file of JSON
     zygote:  {"ready": {path: mtime}} or {"failed": why}; {"forked": pid} or {"refused": why} to each "fork";
              {"ended": pid, "code": code} when one has ended; {"learnt": [module]} when there is more to import
 
@@ -40,11 +40,14 @@ FIRST = ("prefect", ENGINE, "prefect.flow_engine")
 """What is imported before anything was learnt; the last of them is none of Prefect 2."""
 
 
+TRACE = b"\n"
+"""What stands on an order once it may have been carried out."""
 SCHOLARS = 16
 """How many at a time are asked what they have imported: each takes one of the zygote's files."""
 
 
-TRIAL_SECONDS = 30.0
+TRIAL_SECONDS = 3
+"""How long all that is learnt at a time may take to import: meanwhile the zygote answers nobody."""
 
 
 class Refused(Exception):
@@ -72,9 +75,9 @@ class Zygote:
         signal.set_wakeup_fd(self.wake, warn_on_full_buffer=False)
         self.warm_up()
         self.say(ready=stamps())
-        asked = time.monotonic()
+        self.asked = time.monotonic()
         while True:
-            left = None if self.children else max(0.0, asked + self.idle - time.monotonic())
+            left = None if self.children else max(0.0, self.asked + self.idle - time.monotonic())
             if left == 0.0:
                 os._exit(0)
             ready, _, _ = select.select([self.channel.fileno(), self.woken], [], [], left)
@@ -86,7 +89,7 @@ class Zygote:
                 said, handles, _, _ = socket.recv_fds(self.channel, 4096, 3)
                 if not said:
                     os._exit(0)
-                asked = time.monotonic()
+                self.asked = time.monotonic()
                 pid, order = self.fork(handles)
                 if pid == 0:
                     return order, handles
@@ -141,8 +144,11 @@ class Zygote:
             if len(order["mark"]) != len(self.mark):
                 raise Refused("its mark does not fit")
             order["learning"] = memory() if len(self.children) < SCHOLARS else None
+            os.write(handles[-1], TRACE)  # from here on nobody can be sure that there is no fork
             pid = os.fork()
         except (Refused, OSError) as error:
+            if (file := order.get("learning")) is not None:
+                os.close(file)
             self.say(refused=str(error), spoilt=isinstance(error, Refused))
             return -1, order
         if pid:
@@ -151,7 +157,8 @@ class Zygote:
         return pid, order
 
     def leave(self, order: dict[str, Any], out: int, err: int, *others: int) -> None:
-        """In the child: let go of all that is the zygote's."""
+        """In the child: leave a trace, and let go of all that is the zygote's."""
+        os.write(others[0], str(os.getpid()).encode())
         os.setsid()
         write_mark(self.slot, order["mark"])
         signal.set_wakeup_fd(-1)
@@ -169,6 +176,7 @@ class Zygote:
             found, status = os.waitpid(pid, os.WNOHANG)
             if found:
                 del self.children[pid]
+                self.asked = time.monotonic()
                 self.say(ended=pid, code=os.waitstatus_to_exitcode(status))
                 learnt += self.read(file) if file is not None else []
         if learnt and not self.children:  # nobody waits for us now
@@ -178,7 +186,7 @@ class Zygote:
         """Return what an engine has imported beyond what is here."""
         with open(file, "rb") as names:
             names.seek(0)
-            return names.read().decode().split()
+            return names.read().decode(errors="replace").split()
 
     def learn(self, names: list[str]) -> None:
         """Import what belongs to Prefect, or to what it requires, and brings along nothing that a flow may have of its
@@ -190,9 +198,9 @@ class Zygote:
         if self.closure is None:
             self.closure = closure() & self.base
         candidates, good = [name for name in names if root(name) in self.closure], []
-        self.failed.update(name for name in names if name not in candidates)
+        deadline = time.monotonic() + TRIAL_SECONDS
         while candidates:
-            harmless = self.try_out(candidates)
+            harmless = self.try_out(candidates, deadline)
             good += candidates[:harmless]
             self.failed.update(candidates[harmless : harmless + 1])
             candidates = candidates[harmless + 1 :]
@@ -201,12 +209,15 @@ class Zygote:
             self.settle()
             self.say(learnt=[name for name in good if name not in self.failed])
 
-    def try_out(self, names: list[str]) -> int:
+    def try_out(self, names: list[str], deadline: float) -> int:
         """Import them in a fork, and return how many are harmless up to the first that is not."""
         listening, telling = os.pipe()
         pid = os.fork()
         if pid == 0:
             try:
+                signal.alarm(TRIAL_SECONDS + 1)  # whatever becomes of us
+                self.channel.close()
+                os.close(listening)
                 for name in names:
                     importlib.import_module(name)
                     if threads() or roots() - self.base - sys.stdlib_module_names:
@@ -215,13 +226,13 @@ class Zygote:
             finally:
                 os._exit(0)
         os.close(telling)
-        count, deadline = 0, time.monotonic() + TRIAL_SECONDS
+        count = 0
         while select.select([listening], [], [], max(0.0, deadline - time.monotonic()))[0]:
             if not (told := os.read(listening, 4096)):
                 break
             count += len(told)
         else:
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)  # it is too slow
         os.close(listening)
         os.waitpid(pid, 0)
         return count
@@ -294,16 +305,6 @@ def closure() -> set[str]:
     return names
 
 
-def read_line(channel: socket.socket) -> bytes:
-    line = b""
-    while not line.endswith(b"\n"):
-        piece = channel.recv(65536)
-        if not piece:
-            os._exit(0)
-        line += piece
-    return line
-
-
 def main() -> tuple[Any, ModuleType]:
     """Be a zygote; return, in each child, what to execute and where."""
     channel = socket.socket(fileno=os.dup(0))
@@ -313,11 +314,17 @@ def main() -> tuple[Any, ModuleType]:
     if not getattr(sys.flags, "safe_path", False):
         sys.path[0] = os.getcwd()  # as `python -m` has it
     try:
-        zygote = Zygote(channel, json.loads(read_line(channel)))
+        if sys.version_info < (3, 10):  # noqa: UP036 - the flows' Python may be older than ours
+            raise Refused("Python 3.10 is the oldest that is forked")
+        _, (file,), _, _ = socket.recv_fds(channel, 4096, 1)
+        with open(file, encoding="ascii") as terms:
+            zygote = Zygote(channel, json.load(terms))
         order, handles = zygote.serve()
     except Exception as error:
         try:
-            channel.sendall(json.dumps({"failed": f"{type(error).__name__}: {error}"}).encode() + b"\n")
+            # What follows in further lines may show values, and some are secret.
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            channel.sendall(json.dumps({"failed": why}).encode() + b"\n")
         finally:
             os._exit(1)
     zygote.leave(order, *handles)

@@ -17,7 +17,7 @@ import anyio
 import psutil
 
 from procworker.errors import ConfigurationError, SpawnError
-from procworker.system.files import restore_file_limit
+from procworker.system.files import file_limit
 from procworker.system.journal import try_lock
 from procworker.system.subreaper import adoption
 from procworker.system.tree import Process, identify, is_alive
@@ -47,6 +47,8 @@ class Child:
         code = await self._exit() if self._exit else None
         while code is None and is_alive(self.identity):  # noqa: ASYNC110 - the kernel tells only parents
             await anyio.sleep(ADOPTED_POLL_SECONDS)
+        if code is None:
+            code = adoption.code_of(self.pid)
         adoption.disown(self.pid)
         return code
 
@@ -88,6 +90,7 @@ async def spawn(argv: Sequence[str], *, cwd: Path, env: Mapping[str, str], stdou
     check(cwd, env)
     group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", None)  # on Windows
     flags: dict[str, Any] = {"creationflags": group} if group else {}
+    file_limit.make_room()
     try:
         # A cancelled open_process cleans up after itself, but the lines after it must not be cut off.
         with opened(stdout, stderr) as (out, err), anyio.CancelScope(shield=True), adoption.spawning() as own:
@@ -102,15 +105,11 @@ async def spawn(argv: Sequence[str], *, cwd: Path, env: Mapping[str, str], stdou
                 **flags,
             )
             own.add(spawned.pid)
-            restore_file_limit(spawned.pid)
+            file_limit.restore(spawned.pid)
     except (OSError, ValueError) as error:
         raise SpawnError(_explain(error, argv, env)) from error
-    return child_of(spawned.pid, spawned.wait)
-
-
-def child_of(pid: int, exit: Callable[[], Awaitable[int | None]]) -> Child:
     # One that has ended and was reaped already has no start time any more.
-    return Child(identify(pid, dead=True) or Process(pid, -1.0), exit)
+    return Child(identify(spawned.pid, dead=True) or Process(spawned.pid, -1.0), spawned.wait)
 
 
 def check(cwd: Path, env: Mapping[str, str]) -> None:
@@ -119,7 +118,7 @@ def check(cwd: Path, env: Mapping[str, str]) -> None:
         what = "is not a directory" if os.path.exists(cwd) else "does not exist"
         raise SpawnError(f"The working directory {str(cwd)!r} {what}.")
     if not os.access(cwd, os.X_OK):
-        raise SpawnError(f"The working directory {str(cwd)!r} must not be entered.")
+        raise SpawnError(f"The working directory {str(cwd)!r} cannot be entered: {os.strerror(errno.EACCES)}.")
     for name, value in env.items():
         if not name or "=" in name or "\0" in name + value:
             raise SpawnError(f"The environment variable {name!r} has a character that no environment can hold.")

@@ -45,6 +45,14 @@ class Adoption:
         """It was waited for: the pid may now be anybody's."""
         self._own.discard(pid)
 
+    def code_of(self, pid: int) -> int | None:
+        """The exit code of a fork whose zygote died, so that it became our child; of others nobody tells us."""
+        if self.on and pid in self._own:
+            with suppress(OSError):
+                found, status = os.waitpid(pid, os.WNOHANG)
+                return os.waitstatus_to_exitcode(status) if found else None
+        return None
+
     def holds(self, pid: int, parent: int, session: int) -> bool:
         """Was this process given to us? Runs have sessions of their own, our other children share ours."""
         return (

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -19,21 +20,22 @@ from typing import Any, Protocol
 import anyio
 from anyio.abc import TaskGroup
 
-from procworker.system.child import Child, spawn
+from procworker.system.child import Child, check, spawn
 from procworker.system.interpreter import Interpreter
 from procworker.system.tree import COOKIE, LINUX
 from procworker.system.zygote import Library, NotForked, Zygote
 
 MOST = 4
-"""How many zygotes there may be at a time, about 90 MB each."""
+"""How many zygotes there may be at a time, about 80 MB each."""
 WARM_UP_SECONDS = 60.0
 RETRY_SECONDS, LONGEST_RETRY_SECONDS = 60.0, 3600.0
 PER_RUN = re.compile(f"PREFECT__.*|{COOKIE}")
 """Variables that differ from run to run, and that nothing reads before the run begins."""
-PLACES = re.compile(r"PYTHONPATH|PYTHONHOME|PYTHONPYCACHEPREFIX|LD_\w+|PREFECT_\w*(PATH|HOME)")
+PLACES = re.compile(r"PYTHONPATH|PYTHONHOME|PYTHONPYCACHEPREFIX|PREFECT_\w*(PATH|HOME)")
 """Variables that may name places relative to the directory."""
-SETTINGS_FILES = {".env": b"PREFECT", "prefect.toml": b"", "pyproject.toml": b"tool.prefect"}
-"""What Prefect reads in the directory that it is started in, and what stands there if it is of any use to it."""
+SETTINGS_FILES = (".env", "prefect.toml", "pyproject.toml")
+"""What Prefect reads in the directory that it is started in."""
+LONGEST_LOOK = 1024 * 1024
 MOST_REMEMBERED = 100
 
 logger = logging.getLogger(__name__)
@@ -66,13 +68,15 @@ class Warm:
         return self
 
     async def __aexit__(self, *exc_info: Any) -> None:
-        assert self._tasks
+        tasks, self._tasks = self._tasks, None
+        assert tasks
         for zygote in [*self._zygotes.values(), *self._retired]:
             zygote.close()
-        await self._tasks.__aexit__(*exc_info)
+        await tasks.__aexit__(*exc_info)
 
     async def starter(self, interpreter: Interpreter, cwd: Path, env: Mapping[str, str]) -> Start:
         """Return what starts an engine of this interpreter there: a fork if possible, `spawn` if not."""
+        check(cwd, env)
         try:
             kind, local = _kind(interpreter, cwd, env)
             zygote = await self._zygote(kind, interpreter, cwd if local else self._empty_place(), env)
@@ -157,22 +161,27 @@ class Warm:
 def _kind(interpreter: Interpreter, cwd: Path, env: Mapping[str, str]) -> tuple[Kind, bool]:
     """Name all that decides how Python and Prefect come up, and say whether the directory has a part in it."""
     variables = frozenset((name, value) for name, value in env.items() if not PER_RUN.fullmatch(name))
-    local = _found(cwd / name for name, word in SETTINGS_FILES.items() if _says(cwd / name, word))
+    local = _found(cwd / name for name in SETTINGS_FILES if _is_about_prefect(cwd / name))
     if any(PLACES.fullmatch(name) and _is_relative(value) for name, value in env.items()):
         local = (*local, str(cwd))
-    home = env.get("PREFECT_HOME") or os.path.join(env.get("HOME", ""), ".prefect")
-    profiles = env.get("PREFECT_PROFILES_PATH") or os.path.join(home, "profiles.toml")
-    logging = env.get("PREFECT_LOGGING_SETTINGS_PATH") or os.path.join(home, "logging.yml")
-    return (interpreter, variables, local, _found([cwd / profiles, cwd / logging])), bool(local)
+    user = env.get("HOME") or os.path.expanduser("~")
+    home = Path(env.get("PREFECT_HOME", "~/.prefect").replace("~", user, 1))
+    profiles = env.get("PREFECT_PROFILES_PATH", str(home / "profiles.toml")).replace("~", user, 1)
+    log = env.get("PREFECT_LOGGING_SETTINGS_PATH", str(home / "logging.yml")).replace("~", user, 1)
+    return (interpreter, variables, local, _found([cwd / profiles, cwd / log])), bool(local)
 
 
 def _is_relative(places: str) -> bool:
-    return not all(os.path.isabs(place) for place in places.split(os.pathsep))
+    return not all(place.startswith(("/", "~")) for place in places.split(os.pathsep) if place)
 
 
-def _says(path: Path, word: bytes) -> bool:
+def _is_about_prefect(path: Path) -> bool:
+    """May a file of settings be of any use to Prefect? One that is too long to look into may."""
     try:
-        return word in path.read_bytes()
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            return False
+        return status.st_size > LONGEST_LOOK or path.name == "prefect.toml" or b"prefect" in path.read_bytes().lower()
     except OSError:
         return False
 

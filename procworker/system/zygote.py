@@ -10,20 +10,25 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import anyio
 from anyio.abc import Process as Spawned
 
-from procworker.system.child import WARM, Child, check, child_of, opened
-from procworker.system.files import restore_file_limit
+from procworker.errors import SpawnError
+from procworker.system.child import WARM, Child, check, opened
+from procworker.system.files import file_limit
 from procworker.system.interpreter import Interpreter
 from procworker.system.subreaper import adoption
-from procworker.system.tree import COOKIE, LINUX, find_root
+from procworker.system.tree import COOKIE, Process, find_root, identify, is_alive
 
 SCRIPT = str(Path(__file__).with_name("_zygote.py"))
-IDLE_SECONDS, REPLY_SECONDS, LEAVE_SECONDS = 600.0, 10.0, 2.0
+IDLE_SECONDS, REPLY_SECONDS, LEAVE_SECONDS, LOOK_SECONDS = 600.0, 10.0, 2.0, 1.0
+LARGEST = 1024 * 1024
+TRACE = b"\n"
+"""Stands on an order, behind its one line, from just before the fork on; then comes the pid."""
 
 JSON = dict[str, Any]
 wait_readable = getattr(anyio, "wait_readable", None) or anyio.wait_socket_readable  # of anyio before 4.7
@@ -39,10 +44,6 @@ class Exit:
     def __init__(self) -> None:
         self.code: int | None = None
         self.known = anyio.Event()
-
-    async def wait(self) -> int | None:
-        await self.known.wait()
-        return self.code
 
 
 class Zygote:
@@ -70,6 +71,7 @@ class Zygote:
         """Start it, hear what it says, and see it leave."""
         mark = "zygote".ljust(mark_length, "-")
         terms = {"mark": f"{COOKIE}={mark}", "modules": self._library.modules, "idle": IDLE_SECONDS}
+        self._channel.setblocking(False)
         with anyio.CancelScope(shield=True), self._channel:
             try:
                 with self._theirs, adoption.spawning() as own:
@@ -83,12 +85,12 @@ class Zygote:
                         start_new_session=True,
                     )
                     own.add(self._process.pid)
-                    restore_file_limit(self._process.pid)
-                self._channel.sendall(json.dumps(terms).encode() + b"\n")
-                self._channel.setblocking(False)
+                    file_limit.restore(self._process.pid)
+                with _memory(terms) as file:
+                    socket.send_fds(self._channel, [b"terms\n"], [file.fileno()])
                 await self._listen()
-            except OSError as error:
-                self.over = self.over or f"it cannot be talked to: {error}"
+            except Exception as error:  # whatever it is, it is no trouble of the worker's
+                self.over = self.over or f"it cannot be started or talked to: {type(error).__name__}: {error}"
             if self._process is not None:
                 await _see_off(self._process)
             self._gone.set()
@@ -115,6 +117,8 @@ class Zygote:
             self._stamps = said["ready"]
             self.ready.set()
         elif "failed" in said:
+            if not self.ready.is_set():
+                self._library.forget()
             self._give_up(said["failed"])
         elif "learnt" in said:
             self._library.add(said["learnt"])
@@ -174,29 +178,54 @@ class Zygote:
         order: JSON = {"mark": f"{COOKIE}={env[COOKIE]}", "cwd": _text(str(cwd))}
         order["env"] = {_text(name): _text(value) for name, value in env.items()}
         self._answered, self._answer = anyio.Event(), {}
-        try:
-            with _memory(json.dumps(order).encode()) as file, opened(stdout, stderr) as handles:
-                socket.send_fds(self._channel, [b"fork\n"], [*handles, file.fileno()])
-                with anyio.move_on_after(REPLY_SECONDS):
-                    await self._answered.wait()
-        except OSError as error:
-            raise NotForked(f"it cannot be asked: {error}") from error
+        with _memory(order) as file:
+            try:
+                with opened(stdout, stderr) as handles:
+                    socket.send_fds(self._channel, [b"fork\n"], [*handles, file.fileno()])
+            except OSError as error:
+                raise NotForked(f"it cannot be asked: {error}") from error
+            with anyio.move_on_after(REPLY_SECONDS):
+                await self._answered.wait()
+            return await self._answered_child(env[COOKIE], file)
+
+    async def _answered_child(self, cookie: str, order: IO[bytes]) -> Child:
         answer, exit = self._answer, self._forked
         if "forked" in answer:
             with adoption.spawning() as own:
                 own.add(answer["forked"])
-            return child_of(answer["forked"], exit.wait)
+            root = identify(answer["forked"], dead=True) or Process(answer["forked"], -1.0)
+            return Child(root, partial(self._exit_of, root, exit))
         if "refused" in answer:
             if answer["spoilt"]:
                 self._library.forget()
                 self.over = answer["refused"]
             raise NotForked(answer["refused"])
-        # It has died, or hangs, and may have forked, or be about to: only when it is gone that can be known.
+        # It has died, or hangs, and may have forked, or be about to. When it is gone, its last word is on the order:
+        # the pid, or at least that it was about to.
         self.over = self.over or "it does not answer"
         await self._kill()
-        if root := find_root(env[COOKIE]):
-            return Child(root)
-        raise NotForked(self.over)
+        order.seek(0)
+        _, sign, trace = order.read().partition(TRACE)
+        if not sign:
+            raise NotForked(self.over)
+        if found := find_root(cookie):
+            return Child(found)
+        if trace.isdigit():  # it has ended already
+            return Child(Process(int(trace), -1.0))
+        raise SpawnError("The zygote died while it forked: whether the engine was started cannot be known.")
+
+    async def _exit_of(self, root: Process, exit: Exit) -> int | None:
+        """What it says of a fork that has ended; one that says nothing is ended itself."""
+        while not exit.known.is_set():
+            with anyio.move_on_after(LOOK_SECONDS):
+                await exit.known.wait()
+            if not exit.known.is_set() and not is_alive(root):
+                with anyio.move_on_after(REPLY_SECONDS):
+                    await exit.known.wait()
+                if not exit.known.is_set():
+                    self.over = self.over or "it does not tell how its forks end"
+                    await self._kill()
+        return exit.code
 
     async def _kill(self) -> None:
         if self._process is not None and self._process.returncode is None:
@@ -214,17 +243,24 @@ class Library:
         name = hashlib.sha256(os.fsencode(interpreter.path)).hexdigest()[:12]
         self._path = place / f"prefect-{interpreter.prefect_version}-{name}.json"
         self.modules: list[str] = []
-        with suppress(OSError, ValueError):
-            known = json.loads(self._path.read_bytes())
+        self._read()
+
+    def _read(self) -> None:
+        with suppress(OSError, ValueError, RecursionError):
+            known = json.loads(self._path.read_bytes()) if self._path.stat().st_size <= LARGEST else None
             if isinstance(known, list) and all(isinstance(name, str) for name in known):
                 self.modules = known
 
     def add(self, modules: Iterable[str]) -> None:
+        self._read()  # others learn, too
         self.modules = list(dict.fromkeys([*self.modules, *modules]))
         new = self._path.with_name(f"{self._path.name}.{os.getpid()}")
-        with suppress(OSError):
+        try:
             new.write_text(json.dumps(self.modules))
             new.replace(self._path)
+        except OSError:
+            with suppress(OSError):
+                new.unlink()
 
     def forget(self) -> None:
         """What was learnt was too much."""
@@ -233,10 +269,11 @@ class Library:
             self._path.unlink()
 
 
-def _memory(data: bytes) -> Any:
+def _memory(data: JSON) -> IO[bytes]:
     """A file without a name: what is in it may be secret."""
-    file = open(os.memfd_create("order"), "w+b") if LINUX else tempfile.TemporaryFile()  # noqa: SIM115
-    file.write(data)
+    memory = hasattr(os, "memfd_create")  # some builds for old systems lack it
+    file = open(os.memfd_create("order"), "w+b") if memory else tempfile.TemporaryFile()  # noqa: SIM115
+    file.write(json.dumps(data).encode())
     file.flush()
     file.seek(0)
     return file
