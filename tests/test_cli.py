@@ -423,7 +423,7 @@ def test_the_second_signal_ends_the_runs_and_says_who_did(server: Beside, start:
     assert server.run(id).state.type == "RUNNING"
     command.send(signal.SIGTERM)
 
-    state = server.wait_state(id, "CRASHED", timeout=5)
+    state = server.wait_state(id, "CRASHED", timeout=8.5)  # the drain would take longer
     assert "'w1' was stopped" in state.message
     assert command.wait() == 0
 
