@@ -38,14 +38,10 @@ else:
 ENGINE = "prefect.engine"
 FIRST = ("prefect", ENGINE, "prefect.flow_engine")
 """What is imported before anything was learnt; the last of them is none of Prefect 2."""
-
-
 TRACE = b"\n"
 """What stands on an order once it may have been carried out."""
 SCHOLARS = 16
 """How many at a time are asked what they have imported: each takes one of the zygote's files."""
-
-
 TRIAL_SECONDS = 3
 """How long all that is learnt at a time may take to import: meanwhile the zygote answers nobody."""
 
@@ -199,7 +195,7 @@ class Zygote:
             self.closure = closure() & self.base
         candidates, good = [name for name in names if root(name) in self.closure], []
         deadline = time.monotonic() + TRIAL_SECONDS
-        while candidates:
+        while candidates and time.monotonic() < deadline:
             harmless = self.try_out(candidates, deadline)
             good += candidates[:harmless]
             self.failed.update(candidates[harmless : harmless + 1])

@@ -7,13 +7,13 @@ from pathlib import Path
 from types import ModuleType
 
 SIZES: dict[str, dict[str, float]] = {
-    "cancel": {"runs": 4},
+    "cancel": {"runs": 3},
     "cold": {"runs": 3},
-    "warm": {"runs": 4},
-    "latency": {"rounds": 3},
-    "throughput": {"rounds": 2},
-    "overhead": {"runs": 160},
-    "footprint": {"seconds": 30.0},
+    "warm": {"runs": 3},
+    "latency": {"rounds": 2},
+    "throughput": {"rounds": 1},
+    "overhead": {"runs": 60},
+    "footprint": {"seconds": 20.0},
 }
 """What `all` asks of a subject, so that all of them take half an hour."""
 
