@@ -68,6 +68,7 @@ class Watch:
 
     def __init__(self) -> None:
         self._waiting: dict[Follower, anyio.Event] = {}
+        self._wanted = anyio.Event()
         self._tasks: TaskGroup | None = None
 
     @property
@@ -89,6 +90,7 @@ class Watch:
     async def news(self, follower: Follower) -> None:
         """Wait until there is something for it to do."""
         event = self._waiting[follower] = anyio.Event()
+        self._wanted.set()
         try:
             await event.wait()
         finally:
@@ -100,6 +102,9 @@ class Watch:
 
     async def _look(self) -> None:
         while True:
+            if not self._waiting:
+                self._wanted = anyio.Event()
+                await self._wanted.wait()
             await anyio.sleep(POLL_SECONDS)
             for follower in list(islice(self._waiting, AT_ONCE)):
                 event = self._waiting.pop(follower)
