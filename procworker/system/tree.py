@@ -180,22 +180,11 @@ def age(process: Process) -> float:
     return time.time() - process.start
 
 
-def _last_pid() -> bytes | None:
-    """The pid that was given last, to a process or a thread; None where the system does not tell.
-
-    The last figure of /proc/loadavg should be the same, but containers may see one that is made up.
-    """
-    return _read("/proc/sys/kernel/ns_last_pid") if LINUX else None
-
-
 class Snapshot:
     """All processes at one moment; what more must be known of one is read once."""
 
-    def __init__(self, scan: Scan) -> None:
-        before = _last_pid()
-        self.entries = {entry.process.pid: entry for entry in scan()}
-        self.is_whole = before is not None and before == _last_pid()
-        """Was nothing born while it was taken? Else a process may have been missed."""
+    def __init__(self, entries: Iterable[Entry]) -> None:
+        self.entries = {entry.process.pid: entry for entry in entries}
         self.children: dict[int, list[int]] = {}
         for pid, entry in self.entries.items():
             self.children.setdefault(entry.parent, []).append(pid)
@@ -215,7 +204,7 @@ class Lookout:
         self._turn: list[Snapshot] = []
 
     def look_now(self) -> Snapshot:
-        return Snapshot(self._scan)
+        return Snapshot(self._scan())
 
     async def _look_patiently(self) -> Snapshot:
         """Too many open files, ours or the system's, are waited for a while."""
@@ -257,7 +246,6 @@ class Family:
         self._session_open = True
         self.is_ending = False
         self._deadline = float("inf")
-        self._saw_all = False
         _families.add(self)
 
     @cached_property
@@ -342,9 +330,7 @@ class Family:
                     self.on_giving_up()
 
     async def _look(self) -> set[Process]:
-        seen = await self._lookout.look()
-        self._saw_all = seen.is_whole
-        return self._pick(seen)
+        return self._pick(await self._lookout.look())
 
     async def _gone(self, deadline: float) -> bool:
         """Wait for the set to become empty; a full scan only when all known members have gone."""
@@ -360,11 +346,10 @@ class Family:
     async def _kill(self, gone: bool) -> set[Process]:
         """Freeze, kill and look again until two scans in a row are empty; return what survived KILL_SECONDS.
 
-        With `gone`, one scan was empty already. A single one may miss who is born while it goes on; when nobody was,
-        it is enough.
+        With `gone`, one scan was empty already. A single one may miss who is born while it goes on.
         """
         give_up, empty = anyio.current_time() + KILL_SECONDS, int(gone)
-        while empty < 2 and not (empty and self._saw_all):
+        while empty < 2:
             living = await self._look()
             if not living:
                 empty += 1
