@@ -284,13 +284,15 @@ async def test_without_the_means_to_fork_it_spawns_and_then_forks_again(hearth: 
     assert hearth.zygotes == [pid], "it is as good as it was"
 
 
-async def test_a_changed_profile_is_another_kind(hearth: Hearth, tmp_path: Path) -> None:
-    profiles = tmp_path / ".prefect" / "profiles.toml"
+@pytest.mark.parametrize(("home", "place"), [("", ".prefect"), ("~/own", "own"), ("{tmp}/a~b", "a~b")])
+async def test_a_changed_profile_is_another_kind(hearth: Hearth, tmp_path: Path, home: str, place: str) -> None:
+    profiles = tmp_path / place / "profiles.toml"
     profiles.parent.mkdir()
+    given = {"PREFECT_HOME": home.format(tmp=tmp_path)} if home else {}
     (hearth.prefect / "__init__.py").write_text(f"SAW = open({str(profiles)!r}).read()\n")
     for text in ("one", "another"):
         profiles.write_text(text)
-        assert await hearth.run("import prefect; print(prefect.SAW)") == 0
+        assert await hearth.run("import prefect; print(prefect.SAW)", **given) == 0
         assert hearth.said() == [text]
 
 

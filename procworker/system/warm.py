@@ -165,10 +165,13 @@ def _kind(interpreter: Interpreter, cwd: Path, env: Mapping[str, str]) -> tuple[
     if any(PLACES.fullmatch(name) and _is_relative(value) for name, value in env.items()):
         local = (*local, str(cwd))
     user = env.get("HOME") or os.path.expanduser("~")
-    home = Path(env.get("PREFECT_HOME", "~/.prefect").replace("~", user, 1))
-    profiles = env.get("PREFECT_PROFILES_PATH", str(home / "profiles.toml")).replace("~", user, 1)
-    log = env.get("PREFECT_LOGGING_SETTINGS_PATH", str(home / "logging.yml")).replace("~", user, 1)
-    return (interpreter, variables, local, _found([cwd / profiles, cwd / log])), bool(local)
+    home = env.get("PREFECT_HOME", "~/.prefect")
+    files = (
+        env.get("PREFECT_PROFILES_PATH", f"{home}/profiles.toml"),
+        env.get("PREFECT_LOGGING_SETTINGS_PATH", f"{home}/logging.yml"),
+    )
+    found = _found(cwd / (user + file[1:] if file.startswith("~/") else file) for file in files)
+    return (interpreter, variables, local, found), bool(local)
 
 
 def _is_relative(places: str) -> bool:
