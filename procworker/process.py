@@ -29,10 +29,11 @@ from procworker.system.control import Control, Session
 from procworker.system.deadman import dead_mans_switch
 from procworker.system.interpreter import Interpreter, find_interpreter, inherited, locate
 from procworker.system.journal import Journal, Page
-from procworker.system.output import Follower, Mask, Sink, Watch
+from procworker.system.output import Follower, Mask, Sink
 from procworker.system.printer import print_line
 from procworker.system.tree import COOKIE, Family, Process, age, describe, find_root, is_touchable
 from procworker.system.warm import Start, Warm
+from procworker.system.watch import Watch
 from procworker.worker import BaseWorker
 
 SETTLE_SECONDS, LEFTOVER_GRACE_SECONDS = 0.5, 5.0

@@ -34,6 +34,7 @@ from procworker.record import ForgottenPage, Journal, Page, Record
 from procworker.report import Report
 from procworker.server.client import Client
 from procworker.server.models import Deployment, Flow, FlowRun, State, WorkPool, new_state
+from procworker.server.outbox import Outbox
 from procworker.sources import Sources
 from procworker.submission import FlowRunFuture
 
@@ -53,6 +54,7 @@ class Host(Protocol):
     _journal: Journal
     _work_pool: WorkPool | None
     _base_job_template: dict[str, Any] | None
+    _outbox: Outbox | None
 
     @property
     def client(self) -> Client: ...
@@ -287,11 +289,12 @@ class Run:
         labels = {"prefect.worker.name": host.name, "prefect.worker.type": host.type}
         if pool:
             labels |= {"prefect.work-pool.name": pool.name, "prefect.work-pool.id": str(pool.id)}
+        if host._outbox is not None:
+            host._outbox.label(self.id, labels)
         try:
             await host.client.update_flow_run(self.id, infrastructure_pid=str(self.identifier))
-            await host.client.update_flow_run_labels(self.id, labels)
         except Exception as error:
-            self.log.warning("The process id or the labels could not be recorded: %s", error)
+            self.log.warning("The process id could not be recorded: %s", error)
 
     async def _stop_after(self, seconds: float) -> None:
         await anyio.sleep(seconds - getattr(self.configuration, "_age", 0.0))

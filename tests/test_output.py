@@ -10,7 +10,7 @@ import tempfile
 import time
 import tracemalloc
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from procworker.system import output as module
-from procworker.system.output import PATIENCE_SECONDS, TAIL_LINES, Follower, Mask, Sink, Watch
+from procworker.system.output import PATIENCE_SECONDS, TAIL_LINES, Follower, Mask, Sink
 from procworker.system.spool import CHUNK, LINE_LIMIT, Spool
 
 
@@ -40,11 +40,11 @@ def directory(tmp_path: Path) -> Files:
 class Output:
     """A follower at work: what it said, and what it was told."""
 
-    def __init__(self, directory: Files, sink: Sink | None = None, watch: Watch | None = None) -> None:
+    def __init__(self, directory: Files, sink: Sink | None = None) -> None:
         self.directory = directory
         self.lines: list[tuple[str, str]] = []
         self.moved = anyio.Event()
-        self.follower = Follower(directory, sink or self.take, watch=watch)
+        self.follower = Follower(directory, sink or self.take)
 
     def take(self, stream: str, line: str) -> None:
         self.lines.append((stream, line))
@@ -437,45 +437,3 @@ def test_no_masked_text_holds_a_secret(secrets: list[str], before: str, after: s
     mask = Mask(secrets)
     for secret in secrets:
         assert secret.replace("*", "") == "" or secret not in mask(f"{before} {secret} {after}").replace("***", "")
-
-
-# Many at once
-
-
-async def test_one_watch_serves_many_followers_each_in_its_turn(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "AT_ONCE", 3)
-    monkeypatch.setattr(module, "POLL_SECONDS", 0.01)
-    async with Watch() as watch, AsyncExitStack() as stack:
-        outputs = []
-        for number in range(10):
-            (place := tmp_path / str(number)).mkdir()
-            outputs.append(Output(Files(place / "stdout", place / "stderr"), watch=watch))
-            await stack.enter_async_context(outputs[-1].followed())
-        for turn in range(3):
-            for number, output in enumerate(outputs):
-                output.write(b"%d %d\n" % (number, turn), "stderr" if turn % 2 else "stdout")
-            for number, output in enumerate(outputs):
-                await output.until(lambda output=output, number=number, turn=turn: len(output.lines) == turn + 1)
-                assert output.lines[-1][1] == f"{number} {turn}"
-
-
-async def test_the_end_is_not_waited_for_until_the_next_look(directory: Files, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "POLL_SECONDS", 60.0)
-    async with Watch() as watch:
-        output = Output(directory, watch=watch)
-        async with output.followed():
-            await anyio.wait_all_tasks_blocked()
-            output.write(b"last words")
-
-    assert output.stdout == ["last words"]
-
-
-async def test_a_watch_that_is_over_leaves_followers_to_themselves(directory: Files) -> None:
-    async with Watch() as watch:
-        pass
-    output = Output(directory, watch=watch)
-    async with output.followed():
-        output.write(b"line\n")
-        await output.until(lambda: output.stdout == ["line"])

@@ -19,8 +19,9 @@ import anyio.abc
 import psutil
 import pytest
 
-from procworker.system.output import POLL_SECONDS, Follower
+from procworker.system.output import GATHER_SECONDS, Follower
 from procworker.system.spool import CAP
+from procworker.system.watch import Watch
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
@@ -86,7 +87,8 @@ async def write(files: Files, *argv: Any) -> anyio.abc.Process:
 async def follow(folder: Path, kind: str, how: str, rate: float, limit: int) -> dict[str, Any]:
     """Follow a writer in a process of its own, and say what that cost. How: read, blocked or late."""
     files, sink = Files(folder / "stdout", folder / "stderr"), Sink(how in ("blocked", "late"))
-    follower = Follower(files, sink.take, cap=limit or None)
+    watch = Watch()
+    follower = Follower(files, sink.take, cap=limit or None, watch=watch)
     own = psutil.Process()
     disk = memory = 0
     gap = 0.0
@@ -104,7 +106,7 @@ async def follow(folder: Path, kind: str, how: str, rate: float, limit: int) -> 
             gap = max(gap, time.monotonic() - looked)
 
     writer = await write(files, sys.executable, "-SEc", WRITER, repr(BLOCKS[kind]), SIZE, rate, folder / "time")
-    async with anyio.create_task_group() as tasks:
+    async with watch, anyio.create_task_group() as tasks:
         tasks.start_soon(measure)
         async with anyio.create_task_group() as following:
             following.start_soon(follower.follow)
@@ -142,9 +144,9 @@ def storm(folder: Path, kind: str, how: str, rate: float = RATE, limit: int = LI
 
 
 def assert_bounded(told: dict[str, Any]) -> None:
-    """Between two looks, which are at most 0.1 s apart unless the machine is busy, the writer may exceed the cap."""
+    """Between two looks, which are at most 0.01 s apart unless the machine is busy, the writer may exceed the cap."""
     speed = SIZE / told["writer"]
-    assert told["disk"] <= LIMIT + speed * (POLL_SECONDS + 2 * told["gap"]) + MIB
+    assert told["disk"] <= LIMIT + speed * (GATHER_SECONDS + 2 * told["gap"]) + MIB
 
 
 def readable(data: bytes) -> int:

@@ -1,4 +1,4 @@
-"""Logs and events on their way to the server: bounded, in batches, in the background."""
+"""Logs, events and labels on their way to the server: bounded, in batches, in the background."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import json
 import logging
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from threading import Lock
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 import anyio
 
@@ -32,9 +33,10 @@ logger = logging.getLogger(__name__)
 
 
 class Outbox:
-    """Take logs and events from any thread, never block, never raise; deliver them while there is room."""
+    """Take logs, events and labels from any thread, never block, never raise; deliver them while there is room."""
 
     def __init__(self, client: Client, settings: Settings) -> None:
+        self._client = client
         self._settings = settings
         self._secrets = settings.secrets()
         self._wait = max(settings.logging_to_api_batch_interval, SHORTEST_WAIT)
@@ -44,6 +46,8 @@ class Outbox:
         size = max(settings.logging_to_api_batch_size - self._largest, self._largest)
         self._logs = _Queue("logs", client.create_logs, size)
         self._events = _Queue("events", client.create_events, size)
+        # A server with SQLite refuses most of these while it has other things to write: they wait until it has not.
+        self._labels = _Queue("labels", self._send_labels, 1, retries=0, level=logging.DEBUG)
 
     async def __aenter__(self) -> Self:
         self._closing = anyio.Event()
@@ -59,7 +63,7 @@ class Outbox:
         self._delivery.deadline = anyio.current_time() + DRAIN_SECONDS
         self._closing.set()
         await self._tasks.__aexit__(None, None, None)
-        for queue in (self._logs, self._events):
+        for queue in (self._logs, self._events, self._labels):
             queue.give_up()
 
     async def _deliver(self) -> None:
@@ -71,7 +75,12 @@ class Outbox:
                     await self._closing.wait()
                 last = self._closing.is_set()
                 sent = [await queue.send_all() for queue in (self._logs, self._events)]
+                await self._labels.send_all()
                 wait = self._wait if all(sent) else min(2 * wait, LONGEST_WAIT)
+
+    async def _send_labels(self, items: list[JSON], **options: Any) -> None:
+        for item in items:
+            await self._client.update_flow_run_labels(**item, **options)
 
     def log(self, record: JSON) -> None:
         """Send a record in the form of POST /logs/; only Cloud takes one that belongs to no run."""
@@ -87,12 +96,24 @@ class Outbox:
         if (size := _size(event)) <= LARGEST_EVENT:
             self._events.add([(event, size)])
 
+    def label(self, flow_run_id: UUID, labels: Mapping[str, str]) -> None:
+        """Add labels to a flow run."""
+        item = {"flow_run_id": flow_run_id, "labels": labels}
+        self._labels.add([(item, _size(item))])
+
 
 class _Queue:
     """What waits to be sent, oldest first; one batch at a time is under way."""
 
-    def __init__(self, what: str, send: Callable[..., Awaitable[None]], batch_size: int) -> None:
-        self._what, self._send, self._batch_size = what, send, batch_size
+    def __init__(
+        self,
+        what: str,
+        send: Callable[..., Awaitable[None]],
+        batch_size: int,
+        retries: int = 1,
+        level: int = logging.WARNING,
+    ) -> None:
+        self._what, self._send, self._batch_size, self._retries, self._level = what, send, batch_size, retries, level
         self._items: deque[Item] = deque()
         self._size = 0
         self._lock = Lock()
@@ -113,7 +134,7 @@ class _Queue:
         """Send batch after batch; False if nobody takes them, and then they wait."""
         while batch := self._take():
             try:
-                await self._send([item for item, _ in batch], retries=1)
+                await self._send([item for item, _ in batch], retries=self._retries)
                 self._said.clear()
             except (Unreachable, Unauthorized) as error:
                 self.add(batch, back=True)
@@ -128,7 +149,7 @@ class _Queue:
 
     def give_up(self) -> None:
         if self._items:
-            logger.warning("%d %s could not be delivered", len(self._items), self._what)
+            logger.log(self._level, "%d %s could not be delivered", len(self._items), self._what)
 
     def _take(self) -> list[Item]:
         """Take out one item, and more while they fit into one batch."""
@@ -145,7 +166,7 @@ class _Queue:
         """Warn, but only once until things are well again."""
         if text not in self._said:
             self._said.add(text)
-            logger.warning(text, *values)
+            logger.log(self._level, text, *values)
 
 
 def _size(item: JSON | str) -> int:

@@ -6,24 +6,24 @@ import logging
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
-from itertools import islice
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import anyio
 import anyio.lowlevel
-from anyio.abc import TaskGroup
 
 from procworker.system.printer import PRINTER
 from procworker.system.spool import CAP, Spool
+from procworker.system.watch import POLL_SECONDS, Watch
 
 TAIL_LINES = 20
-POLL_SECONDS, AT_ONCE = 0.1, 150
 PATIENCE_SECONDS, LINGER_SECONDS = 2.0, 30.0
 """How long a run that has ended waits for a sink that takes nothing, and in all for one that is slow."""
 SLICE_SECONDS = 0.005
 RETRY_SECONDS = 0.001
+GATHER_SECONDS = 0.01
+"""From one look to the next at least, however quickly something is written."""
 
 logger = logging.getLogger(__name__)
 
@@ -60,60 +60,6 @@ class Mask:
         return self._pattern.sub("***", text) if self._pattern else text
 
 
-class Watch:
-    """One look at the files of all followers, again and again: hundreds of followers need no clocks of their own.
-
-    Of more than AT_ONCE each is looked at less often, in turn.
-    """
-
-    def __init__(self) -> None:
-        self._waiting: dict[Follower, anyio.Event] = {}
-        self._wanted = anyio.Event()
-        self._tasks: TaskGroup | None = None
-
-    @property
-    def is_on(self) -> bool:
-        return self._tasks is not None
-
-    async def __aenter__(self) -> Watch:
-        self._tasks = anyio.create_task_group()
-        await self._tasks.__aenter__()
-        self._tasks.start_soon(self._look)
-        return self
-
-    async def __aexit__(self, *exc_info: Any) -> None:
-        assert self._tasks
-        tasks, self._tasks = self._tasks, None
-        tasks.cancel_scope.cancel()
-        await tasks.__aexit__(*exc_info)
-
-    async def news(self, follower: Follower) -> None:
-        """Wait until there is something for it to do."""
-        event = self._waiting[follower] = anyio.Event()
-        self._wanted.set()
-        try:
-            await event.wait()
-        finally:
-            self._waiting.pop(follower, None)
-
-    def wake(self, follower: Follower) -> None:
-        if event := self._waiting.get(follower):
-            event.set()
-
-    async def _look(self) -> None:
-        while True:
-            if not self._waiting:
-                self._wanted = anyio.Event()
-                await self._wanted.wait()
-            await anyio.sleep(POLL_SECONDS)
-            for follower in list(islice(self._waiting, AT_ONCE)):
-                event = self._waiting.pop(follower)
-                if follower.has_news():
-                    event.set()
-                else:
-                    self._waiting[follower] = event
-
-
 class _Stream:
     """A spool, and what was read from it but not handed over yet."""
 
@@ -126,7 +72,7 @@ class Follower:
     """Hand every line of a run's two files to a sink, in order per stream, and keep the last ones in `tail`.
 
     Each file is kept within `cap` bytes on disk (None: no cap); `cap` and `punch` are Spool's. With `resume`, what is
-    there already is not handed over again: only the tail knows it. A `watch` looks at the files while nothing happens.
+    there already is not handed over again: only the tail knows it. A `watch` tells of what is written.
     """
 
     def __init__(
@@ -159,6 +105,10 @@ class Follower:
         self._ended.set()
         self._watch.wake(self)
 
+    @property
+    def paths(self) -> Sequence[Path]:
+        return [stream.spool.path for stream in self._streams]
+
     def has_news(self) -> bool:
         return not all(stream.spool.is_as_seen() for stream in self._streams)
 
@@ -179,15 +129,22 @@ class Follower:
                 if ended and self._is_out_of_patience():
                     logger.warning("The rest of a run's output is not shown: its reader takes nothing")
                     self._sink = None
-                await anyio.sleep(min(self._retry, self._pause()))
+                with anyio.move_on_after(self._retry):
+                    await self._rest(ended)
                 self._retry = min(2 * self._retry, POLL_SECONDS)
             elif ended:
                 break
-            elif (pause := self._pause()) == POLL_SECONDS and self._watch.is_on:
-                await self._watch.news(self)
             else:
-                with anyio.move_on_after(pause):
-                    await self._ended.wait()
+                await self._rest(ended)
+
+    async def _rest(self, ended: bool) -> None:
+        """Wait until there may be something to do."""
+        pause = self._pause()
+        if self._watch.is_on and not ended and (self._watch.is_told or pause == POLL_SECONDS):
+            await self._watch.news(self)
+            pause = GATHER_SECONDS
+        with anyio.move_on_after(pause):
+            await (anyio.sleep_forever() if ended else self._ended.wait())
 
     def _turn(self, stream: _Stream) -> tuple[bool, bool]:
         """Read a piece or hand over what was read, for a moment; return whether more can be done now, and whether the

@@ -37,7 +37,7 @@ class Spool:
 
     def __init__(self, name: str, path: Path, cap: int | None = CAP, *, punch: bool = True) -> None:
         self.name = name
-        self._path = path
+        self.path = path
         self._cap = sys.maxsize if cap is None else cap
         self._punch = punch
         self._size = 0
@@ -45,6 +45,7 @@ class Spool:
         self._freed = 0  # nothing before it takes space
         self._head = b""  # how the file began when it was read
         self._changed = 0
+        self._growth = 0
         self._end = sys.maxsize
         self._rest = b""  # was read, but is no line yet
         self._unsplit = False  # the rest may hold whole lines
@@ -60,8 +61,8 @@ class Spool:
     def prime(self) -> list[str]:
         """Go to the end; return the complete lines of the last 64 KiB that are there."""
         try:
-            size = min(os.stat(self._path).st_size, self._end)
-            with open(self._path, "rb", buffering=0) as file:
+            size = min(os.stat(self.path).st_size, self._end)
+            with open(self.path, "rb", buffering=0) as file:
                 self._head = file.read(min(_HEAD, size))
                 start = file.seek(_data_from(file, max(0, size - LINE_LIMIT), size))
                 data = file.read(size - start)
@@ -81,7 +82,7 @@ class Spool:
         try:
             size = self._look()
             if size > self._offset:
-                with open(self._path, "rb", buffering=0) as file:
+                with open(self.path, "rb", buffering=0) as file:
                     data = self._next(file, size)
         except OSError:
             size = self._offset
@@ -98,7 +99,7 @@ class Spool:
     def is_as_seen(self) -> bool:
         """Is nothing new in the file since the last look? One stat."""
         try:
-            status = os.stat(self._path)
+            status = os.stat(self.path)
         except OSError:
             return True
         return (status.st_size, status.st_mtime_ns) == (self._size, self._changed)
@@ -113,9 +114,14 @@ class Spool:
         """Bytes that were ever written, at the last look; less after the file was truncated."""
         return self._size
 
+    @property
+    def _room(self) -> int:
+        """The cap without what will be written until the next look, if that is as much as since the last one."""
+        return max(self._cap // 4, self._cap - self._growth)
+
     def _see(self) -> int:
         """Return the size, and begin again where a writer truncated the file."""
-        status = os.stat(self._path)
+        status = os.stat(self.path)
         size, changed = status.st_size, status.st_mtime_ns
         is_changed = (size, changed) != (self._size, self._changed)
         if size < self._offset or (is_changed and not self._begins_as_before()):
@@ -126,17 +132,19 @@ class Spool:
                 self._unsplit = True
             if self._end < sys.maxsize:  # by one that was allowed to stay
                 self._end = 0
+        if is_changed:
+            self._growth = max(0, size - self._size)
         self._size, self._changed = size, changed
         return size
 
     def _begins_as_before(self) -> bool:
-        with open(self._path, "rb", buffering=0) as file:
+        with open(self.path, "rb", buffering=0) as file:
             return file.read(len(self._head)) == self._head
 
     def _look(self) -> int:
         """Free what must be freed, and return how far to read."""
         self._see()
-        if self._end == sys.maxsize and self._size - self._freed > self._cap * 3 // 4:
+        if self._end == sys.maxsize and self._size - self._freed > self._room * 3 // 4:
             if self._punch:
                 self._free()
             else:
@@ -166,11 +174,12 @@ class Spool:
     def _free(self) -> None:
         """Make a hole that grows rarely: by a quarter of the cap, unless the cap is reached."""
         unread, taken = self._size - self._offset, self._size - self._freed
-        keep = self._cap * 3 // 4 if unread > self._cap else max(unread, self._cap // 2)
+        room = self._room
+        keep = room * 3 // 4 if unread > room else max(unread, room // 2)
         hole = (self._size - keep) // _PAGE * _PAGE
-        if hole <= self._freed or (taken <= self._cap and hole - self._freed < self._cap // 4):
+        if hole <= self._freed or (taken <= room and hole - self._freed < room // 4):
             return
-        with open(self._path, "r+b", buffering=0) as file:
+        with open(self.path, "r+b", buffering=0) as file:
             if os.fstat(file.fileno()).st_size < self._size:  # truncated by a writer, just now
                 return
             start = self._line_start(file, hole) if hole > self._offset else self._offset
@@ -188,7 +197,7 @@ class Spool:
         little = min(CHUNK, self._cap // 4)
         if self._size - self._offset > little and self._size - self._freed <= 2 * self._cap:
             return
-        with open(self._path, "r+b", buffering=0) as file:
+        with open(self.path, "r+b", buffering=0) as file:
             self._skip_hole(file)
             if self._size - self._offset > little:
                 if self._size - self._freed <= 2 * self._cap:
