@@ -16,7 +16,7 @@ from pydantic.json_schema import GenerateJsonSchema
 
 from procworker import __version__
 from procworker.errors import ConfigurationError
-from procworker.server.models import Deployment, Flow, FlowRun, WorkPool
+from procworker.server.models import Deployment, Flow, FlowRun, Named, WorkPool
 from procworker.settings import Settings
 from procworker.template import (
     NotSet,
@@ -91,10 +91,8 @@ class BaseJobConfiguration(BaseModel):
         `client` looks up block and variable references. Raises ConfigurationError or pydantic's ValidationError.
         """
         filled = fill_template(base_job_template, values)
-        if client is not None:
-            filled = await resolve_block_document_references(filled, client)
-            filled = await resolve_variables(filled, client)
-        return cls(**filled)
+        filled = await resolve_block_document_references(filled, client)
+        return cls(**await resolve_variables(filled, client))
 
     @classmethod
     async def resolve_for_flow_run(
@@ -150,11 +148,18 @@ class BaseJobConfiguration(BaseModel):
         self._related_objects = {"deployment": deployment, "flow": flow, "flow-run": flow_run}
         env = {
             **self._base_environment(),
-            **self.env,
+            **(self.env if isinstance(self.env, dict) else {}),  # a subclass may have another form of its own
             **_run_environment(flow_run, deployment, flow, worker_name, worker_id),
         }
         self.env = {name: value for name, value in env.items() if value is not None}
-        self.labels = {**_labels(flow_run, deployment, flow, work_pool, worker_name), **self.labels}
+        self.labels = {
+            **self._base_flow_run_labels(flow_run),
+            **self._base_work_pool_labels(work_pool),
+            **self._base_worker_name_label(worker_name),
+            **self._base_flow_labels(flow),
+            **self._base_deployment_labels(deployment),
+            **self.labels,
+        }
         if self.name:
             context = {
                 "flow": flow.model_dump(mode="json") if flow else {},
@@ -172,6 +177,29 @@ class BaseJobConfiguration(BaseModel):
     @staticmethod
     def _base_flow_run_command() -> str:
         return "prefect flow-run execute"
+
+    @staticmethod
+    def _base_flow_run_labels(flow_run: FlowRun) -> dict[str, str]:
+        return {**_identity("flow-run", flow_run), "prefect.io/version": f"procworker-{__version__}"}
+
+    @staticmethod
+    def _base_work_pool_labels(work_pool: WorkPool | None) -> dict[str, str]:
+        return _identity("work-pool", work_pool)
+
+    @staticmethod
+    def _base_worker_name_label(worker_name: str | None) -> dict[str, str]:
+        return {"prefect.io/worker-name": worker_name} if worker_name else {}
+
+    @staticmethod
+    def _base_flow_labels(flow: Flow | None) -> dict[str, str]:
+        return _identity("flow", flow)
+
+    @staticmethod
+    def _base_deployment_labels(deployment: Deployment | None) -> dict[str, str]:
+        labels = _identity("deployment", deployment)
+        if deployment and deployment.updated:
+            labels["prefect.io/deployment-updated"] = deployment.updated.astimezone(timezone.utc).isoformat()
+        return labels
 
 
 @lru_cache(maxsize=256)
@@ -254,29 +282,9 @@ def _run_environment(
     return {name: str(value) for name, value in attribution.items() if value}
 
 
-def _labels(
-    flow_run: FlowRun,
-    deployment: Deployment | None,
-    flow: Flow | None,
-    work_pool: WorkPool | None,
-    worker_name: str | None,
-) -> dict[str, str]:
-    labels: dict[str, Any] = {
-        "flow-run-id": flow_run.id,
-        "flow-run-name": flow_run.name,
-        "version": f"procworker-{__version__}",
-    }
-    if work_pool:
-        labels |= {"work-pool-name": work_pool.name, "work-pool-id": work_pool.id}
-    if worker_name:
-        labels |= {"worker-name": worker_name}
-    if flow:
-        labels |= {"flow-id": flow.id, "flow-name": flow.name}
-    if deployment:
-        labels |= {"deployment-id": deployment.id, "deployment-name": deployment.name}
-        if deployment.updated:
-            labels["deployment-updated"] = deployment.updated.astimezone(timezone.utc).isoformat()
-    return {f"prefect.io/{name}": str(value) for name, value in labels.items()}
+def _identity(kind: str, thing: Named | None) -> dict[str, str]:
+    """Label a job with the id and the name of what it belongs to."""
+    return {f"prefect.io/{kind}-id": str(thing.id), f"prefect.io/{kind}-name": thing.name} if thing else {}
 
 
 class BaseVariables(BaseModel):

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from procworker.configuration import BaseWorkerResult
 from procworker.errors import ObjectNotFound, ProcworkerError
+from procworker.exits import explain_exit
 from procworker.server.models import State
 
 
@@ -149,7 +150,8 @@ def _judge_exit(result: BaseWorkerResult | None, current: State, facts: Facts) -
     if result is None:
         text = str(facts.failure)
     elif (code := result.status_code) != 0:
-        text = f"Flow run infrastructure exited with non-zero status code {code}. {result.explanation}".rstrip()
+        explanation = result.explanation or str(explain_exit(code))
+        text = f"Flow run infrastructure exited with non-zero status code {code}. {explanation}"
     elif current.type in ("PENDING", "RUNNING") and facts.must_report:
         text = "The flow run process ended without reporting a state."
     else:
@@ -166,4 +168,7 @@ def one_line(error: BaseException | None) -> str:
     if isinstance(error, ValidationError):
         faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors(include_input=False)]
         return f"The job configuration is invalid: {'; '.join(faults)}."
-    return " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split())
+    if error is None or isinstance(error, ProcworkerError):
+        return text or type(error).__name__
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -20,11 +20,12 @@ from pydantic import Field, PrivateAttr
 
 from procworker.configuration import BaseJobConfiguration, BaseVariables, BaseWorkerResult
 from procworker.errors import InfrastructureNotAvailable, InfrastructureNotFound
+from procworker.exits import explain_exit
 from procworker.outcome import ExitUnknown
 from procworker.run import CANCEL_GRACE_SECONDS
 from procworker.server.models import FlowRun
 from procworker.settings import Settings, secrets_in
-from procworker.system.child import Child, explain_exit, join_command, parse_command, spawn
+from procworker.system.child import Child, join_command, parse_command, spawn
 from procworker.system.control import Control, Session
 from procworker.system.deadman import dead_mans_switch
 from procworker.system.interpreter import Interpreter, find_interpreter, inherited, locate
@@ -55,6 +56,21 @@ class ProcessJobConfiguration(BaseJobConfiguration):
     _interpreter: Interpreter | None = PrivateAttr(default=None)
     _age: float = PrivateAttr(default=0.0)
     """How many seconds ago the process of an adopted run was started."""
+
+    def _base_environment(self) -> dict[str, str]:
+        """Who prepares a job without a worker gets what a worker without options would hand down."""
+        return self._inherit(None, Settings.load()) if self._inherited is None else self._inherited
+
+    def _inherit(self, python: str | None, settings: Settings) -> dict[str, str]:
+        """Our own environment and the settings; a configured command chooses its own Python."""
+        chosen: str | None = None
+        if self.command is None:
+            self._interpreter = find_interpreter(self.python or python, os.environ)
+            chosen = self._interpreter.path
+        elif self.python:
+            chosen = locate(self.python)
+        env = {"PYTHONUNBUFFERED": "1", **inherited(os.environ, chosen), **settings.exported}
+        return {intern(name): intern(value) for name, value in env.items()}  # hundreds of runs share them
 
     def _base_flow_run_command(self) -> str:  # type: ignore[override]
         python = self._interpreter.path if self._interpreter else "python"
@@ -163,15 +179,7 @@ class ProcessWorker(BaseWorker[ProcessJobConfiguration, ProcessVariables, Proces
             self._stack = stack.pop_all()
 
     def _inherited_environment(self, configuration: ProcessJobConfiguration) -> dict[str, str]:
-        """Our own environment and the settings; a configured command chooses its own Python."""
-        python: str | None = None
-        if configuration.command is None:
-            configuration._interpreter = find_interpreter(configuration.python or self._python, os.environ)
-            python = configuration._interpreter.path
-        elif configuration.python:
-            python = locate(configuration.python)
-        env = {"PYTHONUNBUFFERED": "1", **inherited(os.environ, python), **self._settings.exported}
-        return {intern(name): intern(value) for name, value in env.items()}  # hundreds of runs share them
+        return configuration._inherit(self._python, self._settings)
 
     async def run(
         self,
@@ -284,8 +292,7 @@ class ProcessWorker(BaseWorker[ProcessJobConfiguration, ProcessVariables, Proces
         tail = [mask(line)[:TAIL_WIDTH] for line in follower.tail if secrets is not None]
         if code is None:
             raise ExitUnknown(" ".join([UNSEEN, *remarks]), tail)
-        meaning = explain_exit(code)
-        explanation = f"{meaning.text} {meaning.hint}" if code else ""
+        explanation = str(explain_exit(code)) if code else ""
         return ProcessWorkerResult(
             identifier=str(child.pid), status_code=code, explanation=explanation, remarks=remarks, tail=tail
         )

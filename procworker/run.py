@@ -261,7 +261,7 @@ class Run:
         async with anyio.create_task_group() as beside:
             started = Started(partial(self._started, beside))
             with self._running:
-                self.result = await run(self.flow_run, configuration, task_status=started)
+                self.result = await run(flow_run=self.flow_run, configuration=configuration, task_status=started)
                 if not isinstance(self.result, BaseWorkerResult):
                     self.result = None
                     name = type(host).__name__
@@ -337,7 +337,11 @@ class Run:
             if self.reason is Reason.CANCELLED and grace and not self._announced:
                 self._announced = True
                 await self._host._announce_cancel(self.identifier)
-            await self._host.kill_infrastructure(self.identifier, self.configuration, grace)
+            # By name and in whole seconds, as Prefect does: what subclasses talk to may take no 30.0.
+            seconds = int(grace) if float(grace).is_integer() else grace
+            await self._host.kill_infrastructure(
+                infrastructure_pid=self.identifier, configuration=self.configuration, grace_seconds=seconds
+            )
         except InfrastructureNotFound:
             pass  # it has just ended by itself
         except NotImplementedError:

@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from difflib import get_close_matches
 from itertools import repeat
 from typing import Any, Protocol
+from uuid import UUID
 
 from procworker.errors import ApiError, ConfigurationError
 
@@ -84,7 +85,7 @@ def apply_values(
     return _fill(template, value_of, keep_notset=not remove_notset, only_json=True)
 
 
-async def resolve_block_document_references(template: Any, client: Resolver) -> Any:
+async def resolve_block_document_references(template: Any, client: Resolver | None = None) -> Any:
     """Put the data of blocks in place of `prefect.blocks.TYPE.NAME[.PATH]` and of `$ref` dicts."""
     by_id: dict[str, Any] = {}
     by_name: dict[tuple[str, str], Any] = {}
@@ -92,9 +93,9 @@ async def resolve_block_document_references(template: Any, client: Resolver) -> 
     def data_of(node: dict[str, Any]) -> Any:
         reference = node.get("$ref", {})
         id = reference.get("block_document_id") or "" if isinstance(reference, dict) else None
-        if not isinstance(id, str):
+        if not isinstance(id, (str, UUID)):
             raise TemplateError('"$ref" must be {"block_document_id": "..."}')
-        return _fill(by_id.setdefault(id)) if id else NotSet
+        return _fill(by_id.setdefault(str(id))) if id else NotSet
 
     def value_of(match: re.Match[str], is_whole: bool) -> Any:
         if not match["name"].startswith(BLOCK) or match["escape"]:
@@ -114,14 +115,14 @@ async def resolve_block_document_references(template: Any, client: Resolver) -> 
 
     _fill(template, value_of, data_of)  # a first round, to learn what has to be read
     for id in by_id:
-        by_id[id] = (await _read(f"block {id}", client.read_block_document(id))).data
+        by_id[id] = (await _read(f"block {id}", client.read_block_document(id) if client else None)).data
     for slug, name in by_name:
-        answer = client.read_block_document_by_name(name=name, block_type_slug=slug)
+        answer = client.read_block_document_by_name(name=name, block_type_slug=slug) if client else None
         by_name[slug, name] = (await _read(f"block {slug}/{name}", answer)).data
     return _fill(template, value_of, data_of)
 
 
-async def resolve_variables(template: Any, client: Resolver) -> Any:
+async def resolve_variables(template: Any, client: Resolver | None = None) -> Any:
     """Put variables in place of `prefect.variables.NAME`, "" for a missing one; and end escapes."""
     values: dict[str, Any] = {}
 
@@ -133,7 +134,7 @@ async def resolve_variables(template: Any, client: Resolver) -> Any:
     _fill(template, value_of)  # a first round, to learn what has to be read
     for reference in values:
         name = reference.removeprefix(VARIABLE)
-        variable = await _read(f"variable {name}", client.read_variable_by_name(name=name))
+        variable = await _read(f"variable {name}", client.read_variable_by_name(name=name) if client else None)
         values[reference] = "" if variable is None else variable.value
     return _fill(template, value_of)
 
@@ -222,8 +223,10 @@ def _split(path: str) -> list[str]:
     return path.replace("[", ".").replace("]", "").split(".")
 
 
-async def _read(what: str, answer: Awaitable[Any]) -> Any:
+async def _read(what: str, answer: Awaitable[Any] | None) -> Any:
     """Wait for an answer of the server; an error then says what was asked for."""
+    if answer is None:
+        raise TemplateError(f"{what}, which the job refers to, cannot be read without a client")
     try:
         return await answer
     except ApiError as error:

@@ -178,7 +178,7 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
 
         Raises InfrastructureNotFound or InfrastructureNotAvailable. Without an override, `run` itself is cancelled.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"workers of type {self.type!r} cannot end what they start")
 
     async def _reattach(self, flow_run: FlowRun, configuration: C, task_status: TaskStatus[Any]) -> R:
         """Do for a run that a dead worker started what `run` does after the start, with what its record tells.

@@ -33,7 +33,7 @@ MODULES = {
 
 LAYERS = [
     {"errors"},
-    {"settings", "template", "loops", "logs", "health"},
+    {"settings", "template", "loops", "logs", "health", "exits"},
     {"server", "system"},
     {"configuration"},
     {"outcome", "pool", "registry", "submission"},

@@ -23,7 +23,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from procworker.errors import ConfigurationError, SpawnError
-from procworker.system.child import Child, explain_exit, join_command, parse_command, spawn
+from procworker.exits import explain_exit
+from procworker.system.child import Child, join_command, parse_command, spawn
 from procworker.system.files import raised_file_limit
 from procworker.system.tree import Family, identify, is_alive
 

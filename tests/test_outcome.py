@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from procworker.configuration import BaseWorkerResult
 from procworker.errors import ConfigurationError
+from procworker.exits import explain_exit
 from procworker.outcome import Facts, Reason, decide, latest_attempt, one_line, owns
 from procworker.server.models import State
 
@@ -70,11 +71,12 @@ def test_a_run_that_is_being_cancelled_ends_cancelled_whoever_ended_it(last: str
 
 
 def test_a_non_zero_exit_is_a_crash_that_tells_code_and_remarks() -> None:
-    proposal = decide(Facts(result=exited(3, "Meaning.", "Hint.")), history(*RUNNING))
+    proposal = decide(Facts(result=exited(3, "Remark.", "Another.")), history(*RUNNING))
 
     assert proposal is not None
     assert (proposal.type, proposal.name, proposal.force) == ("CRASHED", "Crashed", False)
-    assert proposal.message == "Flow run infrastructure exited with non-zero status code 3. Meaning. Hint."
+    told = f"Flow run infrastructure exited with non-zero status code 3. {explain_exit(3)} Remark. Another."
+    assert proposal.message == told
 
 
 def test_what_an_exit_code_means_is_told_only_where_the_exit_was_not_our_doing() -> None:

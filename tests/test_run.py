@@ -302,8 +302,10 @@ async def test_a_cancel_while_running_ends_the_infrastructure_first(server: Fake
         return -15
 
     class Killing(ScriptWorker):
-        async def kill_infrastructure(self, pid: str, configuration: Any, grace_seconds: float = 30) -> None:
-            self.killed.append((pid, grace_seconds))
+        async def kill_infrastructure(
+            self, infrastructure_pid: str, configuration: Any, grace_seconds: float = 30
+        ) -> None:
+            self.killed.append((infrastructure_pid, grace_seconds))
             ended.set()
 
     id = server.schedule(server.add_deployment())
@@ -496,8 +498,10 @@ async def test_an_end_that_failed_is_tried_again(server: FakeServer) -> None:
     ended = anyio.Event()
 
     class Flaky(LocalWorker):
-        async def kill_infrastructure(self, pid: str, configuration: Any, grace_seconds: float = 30) -> None:
-            self.killed.append((pid, grace_seconds))
+        async def kill_infrastructure(
+            self, infrastructure_pid: str, configuration: Any, grace_seconds: float = 30
+        ) -> None:
+            self.killed.append((infrastructure_pid, grace_seconds))
             if len(self.killed) == 1:
                 raise OSError("not now")
             ended.set()

@@ -407,11 +407,13 @@ class Puppet(BaseWorker[PuppetConfiguration, BaseVariables, PuppetResult]):
             if not self.life.dead:
                 one.end(-9)
 
-    async def kill_infrastructure(self, pid: str, configuration: Any, grace_seconds: float = 30.0) -> None:
+    async def kill_infrastructure(
+        self, infrastructure_pid: str, configuration: Any, grace_seconds: float = 30.0
+    ) -> None:
         await self.life.world.gate(self.life, "kill")
-        found = [one for one in self.life.world.live() if one.name == pid]
+        found = [one for one in self.life.world.live() if one.name == infrastructure_pid]
         if not found:
-            raise InfrastructureNotFound(pid)
+            raise InfrastructureNotFound(infrastructure_pid)
         found[0].end(-15)
 
     async def _announce_cancel(self, identifier: str) -> None:

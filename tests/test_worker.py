@@ -286,8 +286,10 @@ async def test_after_the_drain_time_runs_are_ended_and_reported(server: FakeServ
 
 async def test_the_third_stop_kills_without_grace(server: FakeServer) -> None:
     class Stubborn(ScriptWorker):
-        async def kill_infrastructure(self, pid: str, configuration: Any, grace_seconds: float = 30) -> None:
-            self.killed.append((pid, grace_seconds))
+        async def kill_infrastructure(
+            self, infrastructure_pid: str, configuration: Any, grace_seconds: float = 30
+        ) -> None:
+            self.killed.append((infrastructure_pid, grace_seconds))
             if grace_seconds == 0:
                 release.set()
 

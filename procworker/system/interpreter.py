@@ -118,12 +118,13 @@ def inherited(environ: Mapping[str, str], python: str | None) -> dict[str, str]:
     """Return the environment a child inherits.
 
     When another interpreter than our own runs the flow, entries under our own virtual environment go: they would
-    lend it our packages. A user's own entries stay.
+    lend it our packages. A user's own entries stay. What tells of a flow run that we are in ourselves goes in any case:
+    the child would take it for its own, and run our flow.
     """
     own = sys.prefix
+    child = {name: value for name, value in environ.items() if not name.startswith("PREFECT__")}
     if own == sys.base_prefix or python is None or _within(python, own):
-        return dict(environ)
-    child = dict(environ)
+        return child
     for name in ("PATH", "PYTHONPATH"):
         if name in child:
             kept = [entry for entry in child[name].split(os.pathsep) if not (entry and _within(entry, own))]
