@@ -76,12 +76,14 @@ class FlowRunFuture:
         if not self._final.done():
             await self.wait_async(timeout)
         try:
+            from prefect import flow  # noqa: F401 - until then State is incomplete in Prefect 3.0
             from prefect.client.schemas import State as PrefectState
         except ImportError as error:
             raise ConfigurationError(
                 "reading a flow's result needs Prefect: pip install 'procworker[prefect]'"
             ) from error
-        state = PrefectState.model_validate(self.state.model_dump(mode="json"))
+        validate = getattr(PrefectState, "model_validate", None) or PrefectState.parse_obj  # Prefect 2.20
+        state = validate(self.state.model_dump(mode="json"))
         if hasattr(state, "aresult"):
             return await state.aresult(raise_on_failure=raise_on_failure)
         return await state.result(raise_on_failure=raise_on_failure, fetch=True)  # Prefect 2.20

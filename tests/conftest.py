@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import tempfile
@@ -12,6 +13,14 @@ from pathlib import Path
 import pytest
 from fake_server import FakeServer
 from misbehave import survivors
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pycollect_makeitem(obj: object) -> None:
+    """Give coroutines to anyio's plugin; before 4.12 it had no `anyio_mode` that would take them by itself."""
+    function = getattr(getattr(obj, "hypothesis", None), "inner_test", obj)
+    if inspect.iscoroutinefunction(function):
+        pytest.mark.anyio(obj)
 
 
 @pytest.fixture

@@ -25,9 +25,9 @@ from workers import settings_for
 import procworker
 
 PACKAGE = Path(procworker.__file__).parent
-ROOT = PACKAGE.parent
+ROOT = Path(__file__).parents[1]
 MODULES = {
-    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
     for path in PACKAGE.rglob("*.py")
 }
 

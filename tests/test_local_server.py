@@ -26,6 +26,7 @@ from procworker.local.server import (
     find_prefect,
     last_words,
     local_server,
+    server_env,
     server_status,
     stop_servers,
 )
@@ -219,6 +220,17 @@ async def test_a_version_gets_its_own_database_and_the_password_it_can_ask_for(
 
     assert server.version == version
     assert bool(server.auth_string) is has_password
+
+
+@pytest.mark.parametrize(("version", "is_final"), [("2.20.26", False), ("3.4.25", False), ("3.8.8", True)])
+def test_a_server_throws_nothing_away_that_a_newer_fastapi_needs(tmp_path: Path, version: str, is_final: bool) -> None:
+    assert ("PREFECT__SERVER_FINAL" in server_env({}, tmp_path / version)) == is_final
+
+
+def test_a_server_remembers_its_blocks_in_its_own_directory(tmp_path: Path) -> None:
+    """Prefect 3.4 to 3.6 else write to that of the user's own server, whatever PREFECT_HOME says."""
+    env = server_env({"PREFECT_MEMO_STORE_PATH": "/users/memo_store.toml"}, tmp_path / "3.4.25")
+    assert env["PREFECT_MEMO_STORE_PATH"] == str(tmp_path / "3.4.25" / "memo_store.toml")
 
 
 async def test_users_who_come_at_once_share_one_server(home: Path) -> None:

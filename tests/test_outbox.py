@@ -98,7 +98,8 @@ async def test_an_outage_delays_logs_and_loses_none(server: FakeServer, caplog: 
             await said(caplog, "have to wait")
             outbox.log(record("3"))
         await server.wait_request("POST", "/logs", 2)
-    assert messages(server) == ["1", "2", "3"]
+    # The outage may swallow the answer to the first, and then it is sent again.
+    assert list(dict.fromkeys(messages(server))) == ["1", "2", "3"]
     assert caplog.text.count("have to wait") == 1
 
 

@@ -315,6 +315,7 @@ async def test_a_cancel_while_running_ends_the_infrastructure_first(server: Fake
         server.request_cancel(id)
         await worker.check_for_cancelled_flow_runs()
         await server.wait_state(id, "CANCELLED")
+        await worker._moved.until(lambda: not worker.runs)  # else stopping kills it once more
 
     assert worker.killed == [(f"infra-{id}", 30.0)]
 

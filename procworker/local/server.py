@@ -185,13 +185,16 @@ def server_env(environ: Mapping[str, str], directory: Path) -> dict[str, str]:
     private = {
         "PREFECT_HOME": str(directory),
         "PREFECT_PROFILES_PATH": str(directory / "no-profiles.toml"),
+        "PREFECT_MEMO_STORE_PATH": str(directory / "memo_store.toml"),  # 3.4 to 3.6 else write the user's
         "PREFECT_UI_ENABLED": "false",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": "http://127.0.0.1",  # no web page has business here
-        "PREFECT__SERVER_FINAL": "1",
         COOKIE: "",  # no part of the flow run that may have started us
     }
-    if tuple(map(int, re.findall(r"\d+", directory.name)[:3])) >= (3, 1, 10):
+    version = tuple(map(int, re.findall(r"\d+", directory.name)[:3]))
+    if version >= (3, 8):  # saves memory; what an older one throws away for it, fastapi 0.137 and newer still need
+        private["PREFECT__SERVER_FINAL"] = "1"
+    if version >= (3, 1, 10):
         private["PREFECT_SERVER_API_AUTH_STRING"] = f"procworker:{secrets.token_urlsafe(24)}"
     return {name: value for name, value in environ.items() if not name.startswith(foreign)} | private
 
