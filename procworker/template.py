@@ -85,6 +85,20 @@ def apply_values(
     return _fill(template, value_of, keep_notset=not remove_notset, only_json=True)
 
 
+def fill_environment(template: Any, environ: Mapping[str, str]) -> Any:
+    """Fill `<< $NAME >>` and nothing else; raises TemplateError for a variable that is not set."""
+
+    def value_of(match: re.Match[str], is_whole: bool) -> Any:
+        name = match["name"]
+        if match["braces"] or match["escape"] or not name.startswith("$"):
+            return match.group()
+        if (value := environ.get(name.lstrip("$"))) is None:
+            raise TemplateError(f"{match.group()}: the environment variable {name.lstrip('$')} is not set")
+        return value
+
+    return _fill(template, value_of)
+
+
 async def resolve_block_document_references(template: Any, client: Resolver | None = None) -> Any:
     """Put the data of blocks in place of `prefect.blocks.TYPE.NAME[.PATH]` and of `$ref` dicts."""
     by_id: dict[str, Any] = {}

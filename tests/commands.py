@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import signal
@@ -9,14 +10,9 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from functools import partial
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-from anyio.from_thread import BlockingPortal, start_blocking_portal
-from fake_server import FakeServer
 from workers import ENGINE, engine_command
 
 from procworker.cli import main
@@ -30,34 +26,9 @@ TEMPLATE = {
 """A pool's template whose runs are those of the mini engine."""
 
 
-class Beside:
-    """A FakeServer in a thread with a loop of its own: the command under test runs another one."""
-
-    def __init__(self, server: FakeServer, portal: BlockingPortal) -> None:
-        self._server, self._portal = server, portal
-
-    def __getattr__(self, name: str) -> Any:
-        """Attributes are the server's; its methods, async ones too, run in its loop and return when they are done."""
-        found = getattr(self._server, name)
-        return partial(self.call, found) if callable(found) else found
-
-    def call(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        return self._portal.call(partial(function, *args, **options))
-
-
-@contextmanager
-def serving(**options: Any) -> Iterator[Beside]:
-    """A server for the length of the block; options as in FakeServer."""
-    with (
-        start_blocking_portal() as portal,
-        portal.wrap_async_context_manager(FakeServer.running(**options)) as server,
-    ):
-        yield Beside(server, portal)
-
-
 def code_of(*argv: str) -> int:
     """The exit code of the command, run within this process; one that goes on for 30 s is broken off."""
-    # The command sets up logging for its process, which here is that of all tests.
+    # The command sets up logging and a child watcher for its process, which here is that of all tests.
     loggers = [logging.getLogger(name) for name in ("procworker", "prefect")]
     before = [(list(logger.handlers), logger.level, logger.propagate) for logger in loggers]
     signal.signal(signal.SIGALRM, _give_up)
@@ -68,6 +39,8 @@ def code_of(*argv: str) -> int:
         return int(ended.code or 0)
     finally:
         signal.alarm(0)
+        if sys.version_info < (3, 12):
+            asyncio.set_child_watcher(None)  # that of the command has lost its loop, and threads would get it
         for logger, (logger.handlers, level, logger.propagate) in zip(loggers, before, strict=True):
             logger.setLevel(level)
 

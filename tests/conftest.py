@@ -11,8 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from fake_server import FakeServer
 from misbehave import survivors
+
+from procworker.testing.api import PrefectApi
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -41,9 +42,9 @@ def clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-async def server() -> AsyncIterator[FakeServer]:
+async def server() -> AsyncIterator[PrefectApi]:
     """An empty Prefect server of the current generation."""
-    async with FakeServer.running() as server:
+    async with PrefectApi.running() as server:
         yield server
 
 

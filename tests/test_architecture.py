@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from fake_server import FakeServer
 from pydantic.json_schema import GenerateJsonSchema
 from workers import settings_for
 
 import procworker
+from procworker.testing.api import PrefectApi
 
 PACKAGE = Path(procworker.__file__).parent
 ROOT = Path(__file__).parents[1]
@@ -43,7 +43,7 @@ LAYERS = [
     {"cancels", "intake", "shift"},
     {"worker"},
     {"process", "local"},
-    {"cli"},
+    {"cli", "testing"},
     {"__main__", "procworker"},
 ]
 """Each part may import from the lines above its own. Parts on one line do not know each other."""
@@ -58,6 +58,9 @@ SHAPES = "procworker.server.models"
 """All that configuration.py may know of server/."""
 
 DEPENDENCIES = {"anyio", "httpx", "psutil", "pydantic", "tomli"}
+
+PLUGIN = "procworker.testing.plugin"
+"""The one module that may know pytest, for it is pytest that imports it."""
 
 LONGEST = 400
 LONGER = {"worker.py": 474}
@@ -143,7 +146,8 @@ def test_only_the_declared_dependencies_are_imported(module: str) -> None:
     foreign = needed - set(sys.stdlib_module_names) - {"procworker"}
     late = {found.target.split(".")[0] for found in imports(module) if found.late}
 
-    assert foreign - DEPENDENCIES <= {"prefect"} & late, "Prefect may be used where it is, and only there"
+    own = {"pytest"} if module == PLUGIN else set()
+    assert foreign - DEPENDENCIES - own <= {"prefect"} & late, "Prefect may be used where it is, and only there"
 
 
 def test_the_declared_dependencies_are_these() -> None:
@@ -200,6 +204,22 @@ def test_importing_loads_none_of_the_heavy_libraries(module: str) -> None:
     assert not {"anyio", "asyncio", "httpx", "pydantic", "psutil", "prefect"} & set(loaded)
 
 
+def test_what_is_for_tests_is_loaded_only_by_tests() -> None:
+    known = {found.target for module in MODULES if part(module) != "testing" for found in imports(module)}
+    assert not [target for target in known if target.startswith("procworker.testing")]
+
+
+def test_what_is_for_tests_is_found_by_name_and_needs_no_pytest() -> None:
+    import procworker.testing
+
+    names = procworker.testing.__all__
+    loaded = python(f"import sys; from procworker.testing import {', '.join(names)}; print(*sys.modules)").split()
+    assert "procworker.testing.worker" in loaded
+    assert not {"pytest", "_pytest", PLUGIN} & set(loaded)
+    with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
+        procworker.testing.Nothing  # noqa: B018
+
+
 def test_a_name_loads_only_what_it_needs() -> None:
     loaded = python("import sys; from procworker import Settings; print(*sys.modules)").split()
     assert "procworker.settings" in loaded
@@ -246,7 +266,7 @@ def test_constructing_a_worker_does_nothing_to_the_world(tmp_path: Path) -> None
     assert not worker.is_setup
 
 
-async def test_using_a_worker_does_nothing_to_the_world(server: FakeServer, tmp_path: Path) -> None:
+async def test_using_a_worker_does_nothing_to_the_world(server: PrefectApi, tmp_path: Path) -> None:
     from procworker.process import ProcessWorker
 
     before = world(tmp_path)

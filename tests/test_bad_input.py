@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from commands import FAST, TEMPLATE, Beside, Command, code_of, flow_file, serving
+from commands import FAST, TEMPLATE, Command, code_of, flow_file
+
+from procworker.testing import Beside, serving
 
 UNREACHABLE = 3
 UNKNOWN_ID = "6d7b2a34-4d1f-4b1c-9f4f-3a3a7b0e8f00"
@@ -47,7 +49,7 @@ class Bad(NamedTuple):
 def bad(
     name: str, argv: str, says: str, how: Arrange | dict[str, str] | None = None, code: int = 2, **server: Any
 ) -> Bad:
-    """A row; `server` as in FakeServer."""
+    """A row; `server` as in PrefectApi."""
     return Bad(name, argv, says, how or {}, code, server)
 
 

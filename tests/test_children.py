@@ -16,8 +16,9 @@ import anyio
 import pytest
 from anyio.abc import Process
 from anyio.streams.buffered import BufferedByteReceiveStream
-from fake_server import FakeServer
 from misbehave import MODES, survivors
+
+from procworker.testing.api import PrefectApi
 
 HERE = Path(__file__).parent
 Watch = Callable[[str], None]
@@ -28,7 +29,7 @@ async def start(script: str, *arguments: str, **environ: str) -> Process:
     return await anyio.open_process(command, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, env={**os.environ, **environ})
 
 
-async def engine(server: FakeServer, id: UUID, **environ: str) -> Process:
+async def engine(server: PrefectApi, id: UUID, **environ: str) -> Process:
     return await start("engine.py", PREFECT_API_URL=server.url, PREFECT__FLOW_RUN_ID=str(id), **environ)
 
 
@@ -37,7 +38,7 @@ async def output(process: Process) -> str:
     return b"".join([chunk async for chunk in process.stdout]).decode()
 
 
-async def run_engine(server: FakeServer, **parameters: Any) -> tuple[UUID, int, str]:
+async def run_engine(server: PrefectApi, **parameters: Any) -> tuple[UUID, int, str]:
     id = server.schedule(parameters=parameters)
     server.set_state(id, "PENDING")
     with anyio.fail_after(20):
@@ -62,21 +63,21 @@ async def run_engine(server: FakeServer, **parameters: Any) -> tuple[UUID, int, 
     ],
 )
 async def test_the_engine_reports_what_the_parameters_ask_for(
-    server: FakeServer, ask: dict[str, Any], states: list[str], code: int
+    server: PrefectApi, ask: dict[str, Any], states: list[str], code: int
 ) -> None:
     id, exited, _ = await run_engine(server, **ask)
     assert [state.name for state in server.run(id).states[2:]] == states
     assert exited == code
 
 
-async def test_the_engine_prints_and_counts_its_executions(server: FakeServer, tmp_path: Path) -> None:
+async def test_the_engine_prints_and_counts_its_executions(server: PrefectApi, tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     id, _, text = await run_engine(server, print=["one", "two"], env=["PREFECT__FLOW_RUN_ID"], file=str(mark))
     assert text.splitlines() == ["one", "two", f"PREFECT__FLOW_RUN_ID={id}"]
     assert len(mark.read_text().splitlines()) == 1
 
 
-async def test_the_engine_runs_nothing_when_the_run_is_cancelling_or_gone(server: FakeServer) -> None:
+async def test_the_engine_runs_nothing_when_the_run_is_cancelling_or_gone(server: PrefectApi) -> None:
     id = server.schedule()
     server.set_state(id, "CANCELLING")
     for gone, code in ((id, 0), (uuid4(), 1)):
@@ -94,7 +95,7 @@ async def test_the_engine_runs_nothing_when_the_run_is_cancelling_or_gone(server
         ({"term": "ignore", "seconds": 0.5}, "COMPLETED", 0),
     ],
 )
-async def test_the_engine_takes_term_as_told(server: FakeServer, ask: dict[str, Any], state: str, code: int) -> None:
+async def test_the_engine_takes_term_as_told(server: PrefectApi, ask: dict[str, Any], state: str, code: int) -> None:
     id = server.schedule(parameters={"do": "sleep", **ask})
     async with await engine(server, id) as process:
         await server.wait_state(id, "RUNNING")
@@ -103,7 +104,7 @@ async def test_the_engine_takes_term_as_told(server: FakeServer, ask: dict[str, 
     assert server.run(id).state.type == state
 
 
-async def test_the_engine_waits_until_it_is_due_and_while_the_server_is_away(server: FakeServer) -> None:
+async def test_the_engine_waits_until_it_is_due_and_while_the_server_is_away(server: PrefectApi) -> None:
     id = server.schedule(due_in=1.2)
     server.set_state(id, "PENDING", scheduled_time=server.run(id).state.state_details["scheduled_time"])
     async with await engine(server, id) as process:
@@ -116,7 +117,7 @@ async def test_the_engine_waits_until_it_is_due_and_while_the_server_is_away(ser
     assert server.run(id).run_count == 1
 
 
-async def test_an_intent_over_the_control_session_makes_term_a_cancel(server: FakeServer) -> None:
+async def test_an_intent_over_the_control_session_makes_term_a_cancel(server: PrefectApi) -> None:
     id = server.schedule(parameters={"do": "sleep", "control": True})
     listener = await anyio.create_tcp_listener(local_host="127.0.0.1")
     port = str(listener.extra(anyio.abc.SocketAttribute.local_port))

@@ -18,16 +18,17 @@ from uuid import UUID
 
 import anyio
 import pytest
-from commands import FAST, ROOT, TEMPLATE, Beside, Command, code_of, fake_prefect, flow_file, serving
-from fake_model import now
+from commands import FAST, ROOT, TEMPLATE, Command, code_of, fake_prefect, flow_file
 from misbehave import survivors
 
 import procworker
 from procworker import BaseWorker, BaseWorkerResult, ProcessWorker
 from procworker.cli import build_parser
 from procworker.cli.common import SAME_SIGNAL_SECONDS
-from procworker.cli.run import kind_of, parse_parameters
+from procworker.cli.run import kind_of, parse_pairs
 from procworker.system.tree import Family, Process
+from procworker.testing import Beside, serving
+from procworker.testing.rows import now
 
 PREFECTS_FLAGS = {
     *("--name", "-n", "--pool", "-p", "--work-queue", "-q", "--type", "-t", "--limit", "-l"),
@@ -640,4 +641,4 @@ def test_the_kind_of_a_target_is_seen_from_its_form(target: str, kind: str) -> N
 def test_what_is_not_json_is_a_text() -> None:
     given = ["a=01", "b={", "c=Infinity", "d=[NaN]", "e==", "f=é", "g=1e3", "h='x'"]
     expected = {"a": "01", "b": "{", "c": "Infinity", "d": ["NaN"], "e": "=", "f": "é", "g": 1000.0, "h": "'x'"}
-    assert parse_parameters(given) == expected
+    assert parse_pairs(given, "parameter") == expected

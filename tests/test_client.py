@@ -12,18 +12,18 @@ from uuid import UUID, uuid4
 import anyio
 import httpx
 import pytest
-from fake_server import FakeServer
 from test_http import settings
 
 from procworker.errors import ObjectNotFound, Rejected, Unauthorized, Unreachable
 from procworker.server.client import Client
 from procworker.server.models import Deployment, FlowRun, State, WorkPool, new_state
+from procworker.testing.api import PrefectApi
 
 TEMPLATE = {"job_configuration": {"command": "{{ command }}"}, "variables": {"properties": {"command": {}}}}
 
 
 @asynccontextmanager
-async def speaking(server: FakeServer, **values: str) -> AsyncIterator[Client]:
+async def speaking(server: PrefectApi, **values: str) -> AsyncIterator[Client]:
     """A client of this server that does not take its time between attempts."""
     async with Client(settings(server.url, **values)) as client:
         client.http.first_pause = 0.01
@@ -31,21 +31,21 @@ async def speaking(server: FakeServer, **values: str) -> AsyncIterator[Client]:
 
 
 @pytest.fixture
-async def client(server: FakeServer) -> AsyncIterator[Client]:
+async def client(server: PrefectApi) -> AsyncIterator[Client]:
     async with speaking(server) as client:
         yield client
 
 
 @pytest.fixture
-async def old_server() -> AsyncIterator[FakeServer]:
-    async with FakeServer.running("2.20.26") as server:
+async def old_server() -> AsyncIterator[PrefectApi]:
+    async with PrefectApi.running("2.20.26") as server:
         yield server
 
 
 # Work pools
 
 
-async def test_a_pool_is_created_filled_and_read(server: FakeServer, client: Client) -> None:
+async def test_a_pool_is_created_filled_and_read(server: PrefectApi, client: Client) -> None:
     with pytest.raises(ObjectNotFound):
         await client.read_work_pool("p")
     assert (await client.create_work_pool("p", "process")).base_job_template == {}
@@ -55,7 +55,7 @@ async def test_a_pool_is_created_filled_and_read(server: FakeServer, client: Cli
     assert server.seen("POST", "^/work_pools")[0].json == {"name": "p", "type": "process"}
 
 
-async def test_a_pool_that_somebody_else_created_meanwhile_is_read(server: FakeServer, client: Client) -> None:
+async def test_a_pool_that_somebody_else_created_meanwhile_is_read(server: PrefectApi, client: Client) -> None:
     theirs = server.add_pool("p", type="docker")
     pool = await client.create_work_pool("p", "process", TEMPLATE)
     assert (pool.id, pool.type) == (theirs.id, "docker")
@@ -69,7 +69,7 @@ async def test_a_refused_pool_is_an_error(client: Client) -> None:
 
 
 @pytest.mark.parametrize("name", ["a b", "ü é", "?x=1#y", "{}", "a+b"])
-async def test_names_arrive_as_they_are(server: FakeServer, client: Client, name: str) -> None:
+async def test_names_arrive_as_they_are(server: PrefectApi, client: Client, name: str) -> None:
     server.add_pool(name)
     assert (await client.read_work_pool(name)).name == name
 
@@ -89,7 +89,7 @@ async def test_a_name_is_one_path_segment_and_no_slash_is_doubled(slash: str) ->
 
 
 async def test_a_heartbeat_sends_whole_seconds_and_asks_only_cloud_for_an_id(
-    server: FakeServer, client: Client
+    server: PrefectApi, client: Client
 ) -> None:
     server.add_pool("p")
     assert await client.send_worker_heartbeat("p", "w", 30.5, get_worker_id=True) is None
@@ -102,7 +102,7 @@ async def test_a_heartbeat_sends_whole_seconds_and_asks_only_cloud_for_an_id(
 @pytest.mark.parametrize("text", ["{}", '"{}"', " {}\n"])
 async def test_cloud_tells_the_id_of_the_worker(text: str) -> None:
     worker_id = uuid4()
-    async with FakeServer.running(cloud=True) as server, speaking(server, cloud_api_url="http") as client:
+    async with PrefectApi.running(cloud=True) as server, speaking(server, cloud_api_url="http") as client:
         server.add_pool("p")
         server.fault("POST", "heartbeat", body=text.format(worker_id), commit=True)
         assert await client.send_worker_heartbeat("p", "w", 30, get_worker_id=True) == worker_id
@@ -110,7 +110,7 @@ async def test_cloud_tells_the_id_of_the_worker(text: str) -> None:
 
 
 async def test_cloud_may_refuse_to_tell_the_id() -> None:
-    async with FakeServer.running(cloud=True) as server, speaking(server, cloud_api_url="http") as client:
+    async with PrefectApi.running(cloud=True) as server, speaking(server, cloud_api_url="http") as client:
         server.add_pool("p")
         server.fault("POST", "heartbeat", status=422)
         assert await client.send_worker_heartbeat("p", "w", 30, get_worker_id=True) is None
@@ -123,13 +123,13 @@ async def test_cloud_may_refuse_to_tell_the_id() -> None:
             await client.send_worker_heartbeat("p", "w", 30, get_worker_id=True)
 
 
-async def test_queues_are_listed_all_or_by_name(server: FakeServer, client: Client) -> None:
+async def test_queues_are_listed_all_or_by_name(server: PrefectApi, client: Client) -> None:
     server.add_pool("p", queues=("a", "b"))
     assert [queue.name for queue in await client.read_work_queues("p")] == ["a", "b"]
     assert [queue.name for queue in await client.read_work_queues("p", {"b"})] == ["b"]
 
 
-async def test_a_poll_lists_what_is_due_in_the_servers_order(server: FakeServer, client: Client) -> None:
+async def test_a_poll_lists_what_is_due_in_the_servers_order(server: PrefectApi, client: Client) -> None:
     late, soon = server.schedule(due_in=8), server.schedule(due_in=3)
     server.schedule(due_in=60)
     # A zone of its own: the server compares instants.
@@ -144,7 +144,7 @@ async def test_a_poll_lists_what_is_due_in_the_servers_order(server: FakeServer,
     assert server.seen("POST", "get_scheduled")[1].json == {"work_queue_names": []}
 
 
-async def test_a_poll_of_an_unknown_pool_or_queue_says_so(server: FakeServer, client: Client) -> None:
+async def test_a_poll_of_an_unknown_pool_or_queue_says_so(server: PrefectApi, client: Client) -> None:
     server.add_pool("p")
     for pool, queues in (("nope", []), ("p", ["nope"])):
         with pytest.raises(ObjectNotFound, match="nope"):
@@ -154,7 +154,7 @@ async def test_a_poll_of_an_unknown_pool_or_queue_says_so(server: FakeServer, cl
 # Flow runs
 
 
-async def test_runs_are_asked_for_by_state_in_portions(server: FakeServer, client: Client) -> None:
+async def test_runs_are_asked_for_by_state_in_portions(server: PrefectApi, client: Client) -> None:
     runs = [server.schedule() for _ in range(3)]
     server.set_state(runs[0], "CANCELLING")
     server.set_state(runs[1], "CANCELLED", "Cancelling")
@@ -168,7 +168,7 @@ async def test_runs_are_asked_for_by_state_in_portions(server: FakeServer, clien
     assert len(server.seen("POST", "filter")) == 2
 
 
-async def test_a_proposal_is_sent_identically_and_can_be_found_again(server: FakeServer, client: Client) -> None:
+async def test_a_proposal_is_sent_identically_and_can_be_found_again(server: PrefectApi, client: Client) -> None:
     run, transition_id = server.schedule(), uuid4()
     server.fault("POST", "set_state", commit=True)
     answer = await client.set_flow_run_state(run, new_state("PENDING", transition_id=transition_id))
@@ -185,14 +185,14 @@ async def test_a_proposal_is_sent_identically_and_can_be_found_again(server: Fak
     assert states[-1].state_details["transition_id"] == str(transition_id)
 
 
-async def test_states_come_oldest_first_whatever_the_server_does(server: FakeServer, client: Client) -> None:
+async def test_states_come_oldest_first_whatever_the_server_does(server: PrefectApi, client: Client) -> None:
     body = """[{"type": "B", "timestamp": "2026-01-02T00:00:00Z"},
                {"type": "A", "timestamp": "2026-01-02T00:30:00+01:00"}, {"type": "0"}]"""
     server.fault("GET", body=body)
     assert [state.type for state in await client.read_flow_run_states(uuid4())] == ["0", "A", "B"]
 
 
-async def test_a_forced_state_is_forced_and_a_deleted_run_is_not_found(server: FakeServer, client: Client) -> None:
+async def test_a_forced_state_is_forced_and_a_deleted_run_is_not_found(server: PrefectApi, client: Client) -> None:
     run = server.schedule()
     server.set_state(run, "COMPLETED")
     assert (await client.set_flow_run_state(run, new_state("CRASHED"))).status == "ABORT"
@@ -202,14 +202,14 @@ async def test_a_forced_state_is_forced_and_a_deleted_run_is_not_found(server: F
         await client.set_flow_run_state(run, new_state("CANCELLED"), force=True)
 
 
-async def test_nothing_but_the_pid_of_a_run_is_changed(server: FakeServer, client: Client) -> None:
+async def test_nothing_but_the_pid_of_a_run_is_changed(server: PrefectApi, client: Client) -> None:
     run = server.schedule()
     await client.update_flow_run(run, "17")
     assert server.seen("PATCH")[0].json == {"infrastructure_pid": "17"}
     assert (await client.read_flow_run(run)).infrastructure_pid == "17"
 
 
-async def test_labels_are_merged(server: FakeServer, client: Client) -> None:
+async def test_labels_are_merged(server: PrefectApi, client: Client) -> None:
     run = server.schedule()
     await client.update_flow_run_labels(run, {"a": "1"})
     await client.update_flow_run_labels(run, {"b": "2"})
@@ -217,7 +217,7 @@ async def test_labels_are_merged(server: FakeServer, client: Client) -> None:
 
 
 @pytest.mark.parametrize("status", [404, 405])
-async def test_a_server_without_labels_is_asked_once(old_server: FakeServer, status: int) -> None:
+async def test_a_server_without_labels_is_asked_once(old_server: PrefectApi, status: int) -> None:
     old_server.fault("PATCH", "labels", status=status, body='{"detail":"Not Found"}')
     async with speaking(old_server) as client:
         for _ in range(3):
@@ -225,7 +225,7 @@ async def test_a_server_without_labels_is_asked_once(old_server: FakeServer, sta
     assert len(old_server.seen("PATCH")) == 1
 
 
-async def test_a_deleted_run_does_not_end_the_labels_of_others(server: FakeServer, client: Client) -> None:
+async def test_a_deleted_run_does_not_end_the_labels_of_others(server: PrefectApi, client: Client) -> None:
     server.fault("PATCH", "labels", status=404, body='{"exception_message":"Flow run with id x not found"}')
     await client.update_flow_run_labels(uuid4(), {"a": "1"})
     run = server.schedule()
@@ -233,14 +233,14 @@ async def test_a_deleted_run_does_not_end_the_labels_of_others(server: FakeServe
     assert server.run(run).labels == {"a": "1"}
 
 
-async def test_other_trouble_with_labels_is_an_error(server: FakeServer, client: Client) -> None:
+async def test_other_trouble_with_labels_is_an_error(server: PrefectApi, client: Client) -> None:
     server.fault("PATCH", "labels", status=500)
     with pytest.raises(Unreachable):
         await client.update_flow_run_labels(server.schedule(), {})
 
 
 async def test_a_run_without_a_deployment_is_created_once_even_if_the_answer_is_lost(
-    server: FakeServer, client: Client
+    server: PrefectApi, client: Client
 ) -> None:
     server.fault("POST", "/flow_runs", commit=True)
     flow = await client.create_flow("f", ["t"])
@@ -253,7 +253,7 @@ async def test_a_run_without_a_deployment_is_created_once_even_if_the_answer_is_
     assert (await client.read_flow(flow)).tags == ["t"]
 
 
-async def test_a_run_of_a_deployment_is_created(server: FakeServer, client: Client) -> None:
+async def test_a_run_of_a_deployment_is_created(server: PrefectApi, client: Client) -> None:
     deployment = server.add_deployment("d", flow="f", tags=["a"])
     assert (await client.read_deployment_by_name("f/d")).id == deployment
     run = await client.create_flow_run_from_deployment(
@@ -267,7 +267,7 @@ async def test_a_run_of_a_deployment_is_created(server: FakeServer, client: Clie
 
 @pytest.mark.parametrize("version", ["2.20.26", "3.8.8"])
 async def test_a_deployments_variables_are_found_under_either_name(version: str) -> None:
-    async with FakeServer.running(version) as server, speaking(server) as client:
+    async with PrefectApi.running(version) as server, speaking(server) as client:
         id = server.add_deployment(job_variables={"command": "x"})
         assert (await client.read_deployment(id)).job_variables == {"command": "x"}
 
@@ -277,7 +277,7 @@ def test_a_deployment_may_have_no_variables(variables: dict[str, Any]) -> None:
     assert Deployment.model_validate({"id": uuid4(), **variables}).job_variables == {}
 
 
-async def test_blocks_come_with_their_secrets(server: FakeServer, client: Client) -> None:
+async def test_blocks_come_with_their_secrets(server: PrefectApi, client: Client) -> None:
     id = server.add_block("b", "secret", {"value": "hush"})
     assert (await client.read_block_document_by_name("b", "secret")).data == {"value": "hush"}
     assert (await client.read_block_document(str(id))).data == {"value": "hush"}
@@ -286,7 +286,7 @@ async def test_blocks_come_with_their_secrets(server: FakeServer, client: Client
         await client.read_block_document_by_name("nope", "secret")
 
 
-async def test_a_missing_variable_is_none(server: FakeServer, client: Client) -> None:
+async def test_a_missing_variable_is_none(server: PrefectApi, client: Client) -> None:
     server.add_variable("v", {"a": [1]})
     variable = await client.read_variable_by_name("v")
     assert variable is not None
@@ -297,13 +297,13 @@ async def test_a_missing_variable_is_none(server: FakeServer, client: Client) ->
 # The server itself, logs and events
 
 
-async def test_the_version_is_told_unless_the_server_has_no_such_route(server: FakeServer, client: Client) -> None:
+async def test_the_version_is_told_unless_the_server_has_no_such_route(server: PrefectApi, client: Client) -> None:
     assert await client.api_version() == "3.8.8"
     server.fault("GET", "version", status=404, body="{}")
     assert await client.api_version() is None
 
 
-async def test_the_health_check_returns_what_is_wrong_at_once(server: FakeServer, client: Client) -> None:
+async def test_the_health_check_returns_what_is_wrong_at_once(server: PrefectApi, client: Client) -> None:
     assert await client.api_healthcheck() is None
     fault = server.fault("GET", "/health", status=503, times=9)
     assert isinstance(await client.api_healthcheck(), Unreachable)
@@ -311,7 +311,7 @@ async def test_the_health_check_returns_what_is_wrong_at_once(server: FakeServer
 
 
 @pytest.mark.parametrize("status", [403, 404, 405])
-async def test_a_server_that_takes_no_events_is_asked_once(server: FakeServer, status: int) -> None:
+async def test_a_server_that_takes_no_events_is_asked_once(server: PrefectApi, status: int) -> None:
     server.fault("POST", "/events", status=status)
     async with speaking(server) as client:
         await client.create_events([{"id": "1"}])
@@ -319,7 +319,7 @@ async def test_a_server_that_takes_no_events_is_asked_once(server: FakeServer, s
     assert len(server.seen("POST", "/events")) == 1
 
 
-async def test_events_that_cannot_be_delivered_now_are_an_error(server: FakeServer, client: Client) -> None:
+async def test_events_that_cannot_be_delivered_now_are_an_error(server: PrefectApi, client: Client) -> None:
     server.fault("POST", "/events", status=500)
     with pytest.raises(Unreachable):
         await client.create_events([{"id": "1"}])
@@ -333,7 +333,7 @@ async def test_events_that_cannot_be_delivered_now_are_an_error(server: FakeServ
     ["[]", "null", '"x"', "7", '{"id": "no uuid"}', '{"name": "p"}', "", "<html>", '{"id": [[[', "{" * 9999],
 )
 async def test_an_answer_of_the_wrong_shape_is_unreachable_and_names_the_route(
-    server: FakeServer, client: Client, body: str
+    server: PrefectApi, client: Client, body: str
 ) -> None:
     server.fault("GET", body=body, status=200, times=9)
     with pytest.raises(Unreachable, match=r"^GET /work_pools/p: 200, but the body is no use: ") as caught:
@@ -341,13 +341,13 @@ async def test_an_answer_of_the_wrong_shape_is_unreachable_and_names_the_route(
     assert len(str(caught.value)) < 500
 
 
-async def test_the_complaint_names_the_field(server: FakeServer, client: Client) -> None:
+async def test_the_complaint_names_the_field(server: PrefectApi, client: Client) -> None:
     server.fault("POST", body='[{"flow_run": {"id": 5}}]', times=9)
     with pytest.raises(Unreachable, match=r"no use: 0\.flow_run\.id: "):
         await client.get_scheduled_flow_runs_for_work_pool("p")
 
 
-async def test_a_list_where_an_object_belongs_does_no_harm_to_any_method(server: FakeServer) -> None:
+async def test_a_list_where_an_object_belongs_does_no_harm_to_any_method(server: PrefectApi) -> None:
     arguments: dict[str, Any] = {
         "state": new_state("PENDING"),
         "labels": {},
@@ -407,7 +407,7 @@ def test_a_proposal_has_an_identity_of_its_own_even_if_it_copies_details() -> No
     assert UUID(details["transition_id"]) != UUID(second["state_details"]["transition_id"])
 
 
-async def test_options_reach_the_request(server: FakeServer, client: Client) -> None:
+async def test_options_reach_the_request(server: PrefectApi, client: Client) -> None:
     fault = server.fault(status=503, times=9)
     with anyio.fail_after(5), pytest.raises(Unreachable):
         await client.read_flow_run(uuid4(), retries=0)

@@ -24,11 +24,12 @@ from uuid import UUID
 
 import anyio
 import pytest
-from commands import FAST, TEMPLATE, Beside, serving
+from commands import FAST, TEMPLATE
 from misbehave import survivors
 
 from procworker.process import ProcessWorker
 from procworker.settings import Settings
+from procworker.testing import Beside, serving
 
 pytestmark = pytest.mark.slow
 

@@ -7,12 +7,12 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-from fake_server import FakeServer
 from test_http import settings
 
 from procworker.server import events
 from procworker.server.client import Client
 from procworker.server.models import Deployment, Flow, FlowRun, WorkPool
+from procworker.testing.api import PrefectApi
 
 DEPLOYMENT = Deployment(id=uuid4(), name="d", tags=["b", "x"])
 FLOW = Flow(id=uuid4(), name="f", tags=["a"])
@@ -108,7 +108,7 @@ def test_an_event_follows_only_what_was_minutes_ago() -> None:
     assert events.event("e", resource, [], {**first, "occurred": long_ago})["follows"] is None
 
 
-async def test_the_server_takes_an_event(server: FakeServer) -> None:
+async def test_the_server_takes_an_event(server: PrefectApi) -> None:
     event = events.event("e", events.worker_resource("process", "w"), events.related(OBJECTS, POOL))
     async with Client(settings(server.url)) as client:
         await client.create_events([event])

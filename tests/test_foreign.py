@@ -13,10 +13,11 @@ from uuid import uuid4
 
 import misbehave
 import pytest
-from commands import FAST, TEMPLATE, Beside, Command, serving
+from commands import FAST, TEMPLATE, Command
 
 from procworker.system.journal import here
 from procworker.system.tree import Family, Process, find_root, identify
+from procworker.testing import Beside, serving
 
 HERE = Path(__file__).parent
 PYTHON = [sys.executable, "-S", "-E"]

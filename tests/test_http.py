@@ -20,8 +20,6 @@ import httpx
 import pytest
 from anyio.abc import ByteStream
 from anyio.streams.tls import TLSListener
-from fake_http import Fault
-from fake_server import FakeServer
 from hypothesis import given, strategies
 
 from procworker import __version__
@@ -36,6 +34,8 @@ from procworker.errors import (
 from procworker.server.connection import _is_direct
 from procworker.server.http import Http, _retry_after
 from procworker.settings import Settings
+from procworker.testing.api import PrefectApi
+from procworker.testing.messages import Fault
 
 Handler = Callable[[ByteStream], Awaitable[None]]
 
@@ -95,7 +95,7 @@ OK = "HTTP/1.1 200 OK\nContent-Length: 4\nConnection: close\n\ntrue"
 # What is sent
 
 
-async def test_every_request_says_who_asks_and_in_which_version(server: FakeServer) -> None:
+async def test_every_request_says_who_asks_and_in_which_version(server: PrefectApi) -> None:
     async with talking(server.url) as http:
         await http.request("POST", "/flows/", json={"name": "é"})
     headers = server.seen("POST")[0].headers
@@ -116,7 +116,7 @@ async def test_every_request_says_who_asks_and_in_which_version(server: FakeServ
     ],
 )
 async def test_custom_headers_win_over_basic_auth_and_basic_auth_over_the_key(
-    server: FakeServer, values: dict[str, str], expected: str | None
+    server: PrefectApi, values: dict[str, str], expected: str | None
 ) -> None:
     async with talking(server.url, **values) as http:
         await http.request("GET", "/health")
@@ -124,7 +124,7 @@ async def test_custom_headers_win_over_basic_auth_and_basic_auth_over_the_key(
 
 
 async def test_our_name_and_the_csrf_headers_cannot_be_customised(
-    server: FakeServer, caplog: pytest.LogCaptureFixture
+    server: PrefectApi, caplog: pytest.LogCaptureFixture
 ) -> None:
     custom = '{"User-Agent": "prefect/3.0.0", "Prefect-Csrf-Token": "x", "X-Team": " data "}'
     async with talking(server.url, client_custom_headers=custom) as http:
@@ -149,7 +149,7 @@ async def test_a_value_that_http_forbids_is_a_configuration_error_that_does_not_
     assert "cret" not in str(caught.value)
 
 
-async def test_a_worker_name_that_http_forbids_is_left_out(server: FakeServer) -> None:
+async def test_a_worker_name_that_http_forbids_is_left_out(server: PrefectApi) -> None:
     names = {"X-Prefect-Worker-Name": "Jürgen", "X-Prefect-Worker-Id": " 17\t"}
     async with talking(server.url, headers=names) as http:
         await http.request("GET", "/health")
@@ -158,7 +158,7 @@ async def test_a_worker_name_that_http_forbids_is_left_out(server: FakeServer) -
     assert headers["x-prefect-worker-id"] == "17"
 
 
-async def test_text_that_is_no_unicode_does_not_stop_the_rest(server: FakeServer) -> None:
+async def test_text_that_is_no_unicode_does_not_stop_the_rest(server: PrefectApi) -> None:
     async with talking(server.url) as http:
         await http.request("POST", "/flows/", json={"name": "caf\udce9 é"})
     assert server.seen("POST")[0].json == {"name": "caf? é"}
@@ -189,7 +189,7 @@ async def test_text_that_is_no_unicode_does_not_stop_the_rest(server: FakeServer
     ],
 )
 async def test_a_status_becomes_what_the_caller_can_do_and_only_passing_ones_are_retried(
-    server: FakeServer, status: int, kind: type[ApiError], attempts: int
+    server: PrefectApi, status: int, kind: type[ApiError], attempts: int
 ) -> None:
     body = '{"detail": "why\\n\\u001b[31mnot"}' if kind in (Rejected, ObjectNotFound) else "why\n\x1b[31mnot"
     fault = server.fault("GET", "/health", status=status, body=body, times=9)
@@ -208,7 +208,7 @@ async def test_a_status_becomes_what_the_caller_can_do_and_only_passing_ones_are
 @pytest.mark.parametrize("status", [400, 404, 405, 409, 410, 422])
 @pytest.mark.parametrize("body", ["<html>no such host</html>", "404 page not found"])
 async def test_a_refusal_that_is_not_the_apis_says_nothing_about_the_request(
-    server: FakeServer, status: int, body: str
+    server: PrefectApi, status: int, body: str
 ) -> None:
     server.fault("GET", "/health", status=status, body=body)
     async with talking(server.url) as http:
@@ -217,7 +217,7 @@ async def test_a_refusal_that_is_not_the_apis_says_nothing_about_the_request(
 
 
 @pytest.mark.parametrize("status", [413, 414, 431])
-async def test_what_is_too_large_for_somebody_in_between_will_not_get_smaller(server: FakeServer, status: int) -> None:
+async def test_what_is_too_large_for_somebody_in_between_will_not_get_smaller(server: PrefectApi, status: int) -> None:
     server.fault("GET", "/health", status=status, body="<html>too large</html>")
     async with talking(server.url) as http:
         with pytest.raises(Rejected):
@@ -228,7 +228,7 @@ async def test_what_is_too_large_for_somebody_in_between_will_not_get_smaller(se
     "body", ["<html>\n<h1>Sign in</h1>", '{"a": ', "[" * 100_000, b"\xff\xfe\x00", "9" * 5000], ids=range(5)
 )
 async def test_an_answer_that_is_not_json_is_asked_for_once_more_and_then_unreachable(
-    server: FakeServer, body: str | bytes
+    server: PrefectApi, body: str | bytes
 ) -> None:
     fault = server.fault(body=body, times=9)
     async with talking(server.url) as http:
@@ -239,13 +239,13 @@ async def test_an_answer_that_is_not_json_is_asked_for_once_more_and_then_unreac
     assert "\n" not in str(caught.value)
 
 
-async def test_an_empty_answer_is_none(server: FakeServer) -> None:
+async def test_an_empty_answer_is_none(server: PrefectApi) -> None:
     server.fault(status=204)
     async with talking(server.url) as http:
         assert await http.request("GET", "/health") is None
 
 
-async def test_no_error_shows_a_secret(server: FakeServer) -> None:
+async def test_no_error_shows_a_secret(server: PrefectApi) -> None:
     echo = "you sent Basic bWU6cGFzc3dvcmQ= which is me:password, and x-secret: hush-hush"
     server.fault(status=400, body=json.dumps({"detail": echo}))
     custom = '{"X-Secret": "hush-hush"}'
@@ -264,7 +264,7 @@ async def test_no_error_shows_a_secret(server: FakeServer) -> None:
     [{"reset": True}, {"truncate": 2}, {"hang": True}, {"status": 503}, {"body": "<html>"}],
     ids=lambda fault: next(iter(fault)),
 )
-async def test_one_mishap_is_not_noticed(server: FakeServer, fault: dict[str, Any]) -> None:
+async def test_one_mishap_is_not_noticed(server: PrefectApi, fault: dict[str, Any]) -> None:
     server.fault(**fault)
     async with talking(server.url, api_request_timeout="0.3") as http:
         assert await http.request("GET", "/health") is True
@@ -272,7 +272,7 @@ async def test_one_mishap_is_not_noticed(server: FakeServer, fault: dict[str, An
 
 
 @pytest.mark.parametrize("fault", [{"reset": True}, {"truncate": 2}, {"hang": True}])
-async def test_no_answer_at_all_is_unreachable(server: FakeServer, fault: dict[str, Any]) -> None:
+async def test_no_answer_at_all_is_unreachable(server: PrefectApi, fault: dict[str, Any]) -> None:
     server.fault(times=9, **fault)
     async with talking(server.url, api_request_timeout="0.1") as http:
         with pytest.raises(Unreachable, match=r"^GET /health: ") as caught:
@@ -281,7 +281,7 @@ async def test_no_answer_at_all_is_unreachable(server: FakeServer, fault: dict[s
     assert len(server.requests) == 2
 
 
-async def test_where_nothing_ever_answered_a_refused_connection_fails_at_once(server: FakeServer) -> None:
+async def test_where_nothing_ever_answered_a_refused_connection_fails_at_once(server: PrefectApi) -> None:
     await server.down()
     async with talking(server.url) as http:
         http.first_pause = 60
@@ -289,7 +289,7 @@ async def test_where_nothing_ever_answered_a_refused_connection_fails_at_once(se
             await http.request("GET", "/health")
 
 
-async def test_a_server_that_answered_before_is_waited_for(server: FakeServer) -> None:
+async def test_a_server_that_answered_before_is_waited_for(server: PrefectApi) -> None:
     async with talking(server.url, client_max_retries="99") as http, anyio.create_task_group() as tasks:
         await http.request("GET", "/health")
         await server.down()
@@ -306,7 +306,7 @@ async def test_a_host_that_does_not_exist_is_unreachable(url: str) -> None:
             await http.request("GET", "/health")
 
 
-async def test_retry_after_is_obeyed(server: FakeServer) -> None:
+async def test_retry_after_is_obeyed(server: PrefectApi) -> None:
     server.fault(status=429, headers={"Retry-After": "0.3"})
     async with talking(server.url) as http:
         await http.request("GET", "/health")
@@ -329,7 +329,7 @@ async def test_retry_after_is_obeyed(server: FakeServer) -> None:
     ],
 )
 async def test_retry_after_may_be_seconds_or_a_date_is_capped_and_nonsense_is_ignored(
-    server: FakeServer, caplog: pytest.LogCaptureFixture, value: str, pause: float
+    server: PrefectApi, caplog: pytest.LogCaptureFixture, value: str, pause: float
 ) -> None:
     caplog.set_level(logging.DEBUG, "procworker")
     server.fault(status=503, headers={"Retry-After": value}, times=9)
@@ -351,7 +351,7 @@ def test_no_retry_after_breaks_anything(value: str) -> None:
     assert pause is None or pause >= 0
 
 
-async def test_pauses_double_up_to_ten_seconds_with_jitter_that_can_be_switched_off(server: FakeServer) -> None:
+async def test_pauses_double_up_to_ten_seconds_with_jitter_that_can_be_switched_off(server: PrefectApi) -> None:
     from procworker.server.http import _Passing
 
     failure = _Passing(Unreachable("x"))
@@ -364,7 +364,7 @@ async def test_pauses_double_up_to_ten_seconds_with_jitter_that_can_be_switched_
     assert all(3.2 <= pause <= 4.8 for pause in drawn)
 
 
-async def test_maintenance_costs_no_retry_and_is_remembered(server: FakeServer) -> None:
+async def test_maintenance_costs_no_retry_and_is_remembered(server: PrefectApi) -> None:
     maintenance = {"Prefect-Maintenance": "true", "Retry-After": "0"}
     server.fault(status=503, headers=maintenance, times=4)
     async with talking(server.url) as http:
@@ -374,7 +374,7 @@ async def test_maintenance_costs_no_retry_and_is_remembered(server: FakeServer) 
         assert http.maintenance_ends_at <= anyio.current_time()
 
 
-async def test_maintenance_ends_a_call_that_allows_no_retry_or_has_a_deadline(server: FakeServer) -> None:
+async def test_maintenance_ends_a_call_that_allows_no_retry_or_has_a_deadline(server: PrefectApi) -> None:
     fault = server.fault(status=503, headers={"Prefect-Maintenance": "true", "Retry-After": "500"}, times=9)
     async with talking(server.url) as http:
         with anyio.fail_after(5):
@@ -388,7 +388,7 @@ async def test_maintenance_ends_a_call_that_allows_no_retry_or_has_a_deadline(se
 
 
 async def test_no_retry_starts_after_the_deadline_but_an_attempt_under_way_is_finished(
-    server: FakeServer,
+    server: PrefectApi,
 ) -> None:
     slow = server.fault(delay=0.4)
     async with talking(server.url) as http:
@@ -449,7 +449,7 @@ async def test_a_body_over_64_mib_is_not_read_and_not_asked_for_again(handler: H
 # Where it goes
 
 
-async def test_a_redirect_to_another_host_carries_no_credentials(server: FakeServer) -> None:
+async def test_a_redirect_to_another_host_carries_no_credentials(server: PrefectApi) -> None:
     other = server.url.replace("127.0.0.1", "localhost")
     away = f"HTTP/1.1 307 Moved\nLocation: {other}/health\nContent-Length: 0\nConnection: close\n\n"
     custom = '{"X-Access": "token-1", "Authorization": "mine"}'
@@ -458,21 +458,21 @@ async def test_a_redirect_to_another_host_carries_no_credentials(server: FakeSer
     assert not {"authorization", "x-access"} & server.requests[0].headers.keys()
 
 
-async def test_a_redirect_on_the_same_origin_keeps_credentials(server: FakeServer) -> None:
+async def test_a_redirect_on_the_same_origin_keeps_credentials(server: PrefectApi) -> None:
     server.fault(path="/health", status=307, headers={"Location": "/api/ready"})
     async with talking(server.url, api_key="pnu_1") as http:
         assert await http.request("GET", "/health") == {"message": "OK"}
     assert server.seen("GET", "/ready")[0].headers["authorization"] == "Bearer pnu_1"
 
 
-async def test_a_change_is_never_redirected_into_a_read(server: FakeServer) -> None:
+async def test_a_change_is_never_redirected_into_a_read(server: PrefectApi) -> None:
     server.fault("POST", status=301, headers={"Location": "https://prefect.test/api/flows/"})
     async with talking(server.url) as http:
         with pytest.raises(Unreachable, match=r"301 to https://prefect.test/api/flows/$"):
             await http.request("POST", "/flows/", json={"name": "x"})
 
 
-async def test_redirects_that_do_not_end_are_unreachable(server: FakeServer) -> None:
+async def test_redirects_that_do_not_end_are_unreachable(server: PrefectApi) -> None:
     fault = server.fault(status=307, headers={"Location": "/api/health"}, times=99)
     async with talking(server.url) as http:
         with pytest.raises(Unreachable, match="too many redirects"):
@@ -480,7 +480,7 @@ async def test_redirects_that_do_not_end_are_unreachable(server: FakeServer) -> 
     assert fault.count == 5
 
 
-async def test_a_proxy_from_the_environment_is_used(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_proxy_from_the_environment_is_used(server: PrefectApi, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", server.url.removesuffix("/api"))
     monkeypatch.setenv("no_proxy", "elsewhere.test")
     async with talking("http://prefect.test/api") as http:
@@ -488,7 +488,7 @@ async def test_a_proxy_from_the_environment_is_used(server: FakeServer, monkeypa
     assert server.requests[0].headers["host"] == "prefect.test"
 
 
-async def test_no_proxy_leads_to_this_computer(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_proxy_leads_to_this_computer(server: PrefectApi, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     async with talking(server.url) as http:
         assert await http.request("GET", "/health") is True
@@ -594,9 +594,9 @@ async def test_a_missing_ca_file_is_a_configuration_error() -> None:
 
 
 @pytest.fixture
-async def guarded() -> AsyncIterator[FakeServer]:
+async def guarded() -> AsyncIterator[PrefectApi]:
     """A server that wants CSRF tokens."""
-    async with FakeServer.running(csrf=True) as server:
+    async with PrefectApi.running(csrf=True) as server:
         yield server
 
 
@@ -604,7 +604,7 @@ async def create(http: Http) -> None:
     await http.request("POST", "/flows/", json={"name": "x"})
 
 
-async def test_one_token_serves_all_changes_even_if_they_start_together(guarded: FakeServer) -> None:
+async def test_one_token_serves_all_changes_even_if_they_start_together(guarded: PrefectApi) -> None:
     async with talking(guarded.url) as http:
         await http.request("GET", "/health")
         assert not guarded.seen("GET", "/csrf-token")
@@ -617,7 +617,7 @@ async def test_one_token_serves_all_changes_even_if_they_start_together(guarded:
 
 
 async def test_a_token_that_the_server_forgot_is_replaced_even_where_no_retry_is_allowed(
-    guarded: FakeServer,
+    guarded: PrefectApi,
 ) -> None:
     async with talking(guarded.url) as http:
         await create(http)
@@ -626,7 +626,7 @@ async def test_a_token_that_the_server_forgot_is_replaced_even_where_no_retry_is
     assert [request.status for request in guarded.seen("POST")] == [201, 403, 200]
 
 
-async def test_an_expired_token_is_not_used(guarded: FakeServer) -> None:
+async def test_an_expired_token_is_not_used(guarded: PrefectApi) -> None:
     past = (datetime.now(timezone.utc) - timedelta(seconds=1)).isoformat()
     guarded.fault("GET", "/csrf-token", body=f'{{"token": "old", "expiration": "{past}"}}')
     async with talking(guarded.url) as http:
@@ -635,7 +635,7 @@ async def test_an_expired_token_is_not_used(guarded: FakeServer) -> None:
     assert len(guarded.seen("GET", "/csrf-token")) == 2
 
 
-async def test_a_token_that_is_never_accepted_is_unreachable(guarded: FakeServer) -> None:
+async def test_a_token_that_is_never_accepted_is_unreachable(guarded: PrefectApi) -> None:
     guarded.fault("POST", status=403, body='{"detail": "Invalid CSRF token or client identifier."}', times=9)
     async with talking(guarded.url) as http:
         with pytest.raises(Unreachable, match="Invalid CSRF token"):
@@ -643,14 +643,14 @@ async def test_a_token_that_is_never_accepted_is_unreachable(guarded: FakeServer
     assert len(guarded.seen("POST")) == 2
 
 
-async def test_a_broken_token_is_asked_for_again(guarded: FakeServer) -> None:
+async def test_a_broken_token_is_asked_for_again(guarded: PrefectApi) -> None:
     guarded.fault("GET", "/csrf-token", body='{"token": 1}')
     async with talking(guarded.url) as http:
         await create(http)
     assert guarded.seen("POST")[0].status == 201
 
 
-async def test_a_server_that_begins_to_want_tokens_gets_them(server: FakeServer) -> None:
+async def test_a_server_that_begins_to_want_tokens_gets_them(server: PrefectApi) -> None:
     async with talking(server.url) as http:
         await create(http)
         server.csrf = True
@@ -659,7 +659,7 @@ async def test_a_server_that_begins_to_want_tokens_gets_them(server: FakeServer)
 
 
 @pytest.mark.parametrize("fault", [None, Fault(status=404)])
-async def test_a_server_without_csrf_is_asked_once(server: FakeServer, fault: Fault | None) -> None:
+async def test_a_server_without_csrf_is_asked_once(server: PrefectApi, fault: Fault | None) -> None:
     if fault:
         server.fault("GET", "/csrf-token", status=404)
     async with talking(server.url) as http:
@@ -670,7 +670,7 @@ async def test_a_server_without_csrf_is_asked_once(server: FakeServer, fault: Fa
 
 @pytest.mark.parametrize("values", [{"cloud_api_url": "http"}, {"client_csrf_support_enabled": "false"}])
 async def test_cloud_is_never_asked_for_a_token_nor_is_anybody_where_that_is_off(
-    server: FakeServer, values: dict[str, str]
+    server: PrefectApi, values: dict[str, str]
 ) -> None:
     async with talking(server.url, **values) as http:
         await create(http)

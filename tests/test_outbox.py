@@ -13,12 +13,12 @@ from uuid import uuid4
 
 import anyio
 import pytest
-from fake_server import FakeServer
 from test_http import said, settings
 
 from procworker.server import outbox as module
 from procworker.server.client import Client
 from procworker.server.outbox import Outbox, _fitted, _size
+from procworker.testing.api import PrefectApi
 
 RUN = str(uuid4())
 SOON = "0.05"
@@ -30,7 +30,7 @@ def record(message: str, **more: Any) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def outbox_to(server: FakeServer, interval: str = SOON, **values: str) -> AsyncIterator[Outbox]:
+async def outbox_to(server: PrefectApi, interval: str = SOON, **values: str) -> AsyncIterator[Outbox]:
     chosen = settings(server.url, logging_to_api_batch_interval=interval, **values)
     async with Client(chosen) as client:
         client.http.first_pause = 0.01
@@ -38,11 +38,11 @@ async def outbox_to(server: FakeServer, interval: str = SOON, **values: str) -> 
             yield outbox
 
 
-def messages(server: FakeServer) -> list[str]:
+def messages(server: PrefectApi) -> list[str]:
     return [row["message"] for row in server.logs]
 
 
-async def test_logs_of_one_interval_travel_together_and_in_order(server: FakeServer) -> None:
+async def test_logs_of_one_interval_travel_together_and_in_order(server: PrefectApi) -> None:
     async with outbox_to(server) as outbox:
         for number in range(5):
             outbox.log(record(str(number)))
@@ -51,7 +51,7 @@ async def test_logs_of_one_interval_travel_together_and_in_order(server: FakeSer
     assert len(server.seen("POST", "/logs")) == 1
 
 
-async def test_what_is_left_is_delivered_at_the_end(server: FakeServer) -> None:
+async def test_what_is_left_is_delivered_at_the_end(server: PrefectApi) -> None:
     async with outbox_to(server, interval="60") as outbox:
         outbox.log(record("last words"))
         outbox.event({"id": "1", "occurred": "now", "event": "e", "resource": {}})
@@ -59,7 +59,7 @@ async def test_what_is_left_is_delivered_at_the_end(server: FakeServer) -> None:
     assert [event["event"] for event in server.events] == ["e"]
 
 
-async def test_what_is_left_is_delivered_even_when_cancelled(server: FakeServer) -> None:
+async def test_what_is_left_is_delivered_even_when_cancelled(server: PrefectApi) -> None:
     with anyio.CancelScope() as scope:
         async with outbox_to(server, interval="60") as outbox:
             outbox.log(record("last words"))
@@ -69,7 +69,7 @@ async def test_what_is_left_is_delivered_even_when_cancelled(server: FakeServer)
 
 
 async def test_the_end_does_not_wait_for_a_server_that_hangs(
-    server: FakeServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    server: PrefectApi, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(module, "DRAIN_SECONDS", 0.2)
     server.fault("POST", "/logs", hang=True, times=9)
@@ -79,7 +79,7 @@ async def test_the_end_does_not_wait_for_a_server_that_hangs(
     assert "1 logs could not be delivered" in caplog.text
 
 
-async def test_batches_are_cut_by_size(server: FakeServer) -> None:
+async def test_batches_are_cut_by_size(server: PrefectApi) -> None:
     async with outbox_to(server, logging_to_api_batch_size="1000", logging_to_api_max_log_size="500") as outbox:
         for number in range(6):
             outbox.log(record(str(number) * 50))
@@ -89,7 +89,7 @@ async def test_batches_are_cut_by_size(server: FakeServer) -> None:
     assert [message[0] for message in messages(server)] == list("012345")
 
 
-async def test_an_outage_delays_logs_and_loses_none(server: FakeServer, caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_outage_delays_logs_and_loses_none(server: PrefectApi, caplog: pytest.LogCaptureFixture) -> None:
     async with outbox_to(server) as outbox:
         outbox.log(record("1"))
         await server.wait_request("POST", "/logs")
@@ -104,7 +104,7 @@ async def test_an_outage_delays_logs_and_loses_none(server: FakeServer, caplog: 
 
 
 async def test_wrong_credentials_delay_logs_until_they_are_right() -> None:
-    async with FakeServer.running(api_key="new") as server:
+    async with PrefectApi.running(api_key="new") as server:
         server.fault("POST", "/logs", status=401)
         async with outbox_to(server, api_key="new") as outbox:
             outbox.log(record("x"))
@@ -113,7 +113,7 @@ async def test_wrong_credentials_delay_logs_until_they_are_right() -> None:
 
 
 async def test_a_batch_that_the_server_refuses_is_lost_but_not_the_next(
-    server: FakeServer, caplog: pytest.LogCaptureFixture
+    server: PrefectApi, caplog: pytest.LogCaptureFixture
 ) -> None:
     server.fault("POST", "/logs", status=422)
     async with outbox_to(server) as outbox:
@@ -125,7 +125,7 @@ async def test_a_batch_that_the_server_refuses_is_lost_but_not_the_next(
 
 
 async def test_an_event_that_is_no_json_is_lost_but_not_the_next(
-    server: FakeServer, caplog: pytest.LogCaptureFixture
+    server: PrefectApi, caplog: pytest.LogCaptureFixture
 ) -> None:
     good = {"id": "1", "occurred": "now", "event": "e", "resource": {}}
     async with outbox_to(server) as outbox:
@@ -136,7 +136,7 @@ async def test_an_event_that_is_no_json_is_lost_but_not_the_next(
 
 
 async def test_without_room_the_oldest_go_with_one_warning(
-    server: FakeServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    server: PrefectApi, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(module, "ROOM", 5 * _size(record("0000")))
     async with outbox_to(server, interval="60") as outbox:
@@ -147,7 +147,7 @@ async def test_without_room_the_oldest_go_with_one_warning(
 
 
 async def test_a_server_without_events_is_left_in_peace(caplog: pytest.LogCaptureFixture) -> None:
-    async with FakeServer.running("2.20.26") as server:
+    async with PrefectApi.running("2.20.26") as server:
         async with outbox_to(server) as outbox:
             outbox.event({"id": "1"})
             await server.wait_request("POST", "/events")
@@ -156,13 +156,13 @@ async def test_a_server_without_events_is_left_in_peace(caplog: pytest.LogCaptur
     assert not caplog.records
 
 
-async def test_an_event_that_is_too_large_is_not_sent(server: FakeServer) -> None:
+async def test_an_event_that_is_too_large_is_not_sent(server: PrefectApi) -> None:
     async with outbox_to(server) as outbox:
         outbox.event({"payload": "x" * 1_500_000})
     assert not server.seen("POST", "/events")
 
 
-async def test_logs_come_from_any_thread(server: FakeServer) -> None:
+async def test_logs_come_from_any_thread(server: PrefectApi) -> None:
     async with outbox_to(server) as outbox:
 
         def write() -> None:
@@ -180,7 +180,7 @@ async def test_logs_come_from_any_thread(server: FakeServer) -> None:
 # What becomes of a record
 
 
-async def test_a_server_of_ones_own_gets_no_worker_id_and_only_logs_of_runs(server: FakeServer) -> None:
+async def test_a_server_of_ones_own_gets_no_worker_id_and_only_logs_of_runs(server: PrefectApi) -> None:
     async with outbox_to(server) as outbox:
         outbox.log(record("of a run", worker_id="w"))
         outbox.log(record("of the worker", flow_run_id=None, worker_id="w"))
@@ -189,7 +189,7 @@ async def test_a_server_of_ones_own_gets_no_worker_id_and_only_logs_of_runs(serv
 
 
 async def test_cloud_also_gets_the_logs_of_a_worker_that_has_an_id() -> None:
-    async with FakeServer.running(cloud=True) as server:
+    async with PrefectApi.running(cloud=True) as server:
         async with outbox_to(server, cloud_api_url="http") as outbox:
             outbox.log(record("of a run", worker_id=None))
             outbox.log(record("of the worker", flow_run_id=None, worker_id="w"))
@@ -200,13 +200,13 @@ async def test_cloud_also_gets_the_logs_of_a_worker_that_has_an_id() -> None:
         assert len(json.dumps(server.logs[2])) <= 25_000
 
 
-async def test_logging_to_the_api_can_be_switched_off(server: FakeServer) -> None:
+async def test_logging_to_the_api_can_be_switched_off(server: PrefectApi) -> None:
     async with outbox_to(server, logging_to_api_enabled="false") as outbox:
         outbox.log(record("x"))
     assert not server.seen("POST", "/logs")
 
 
-async def test_nuls_secrets_and_what_is_no_unicode_do_not_reach_the_server(server: FakeServer) -> None:
+async def test_nuls_secrets_and_what_is_no_unicode_do_not_reach_the_server(server: PrefectApi) -> None:
     async with outbox_to(server, api_key="pnu_hush") as outbox:
         outbox.log(record("a\0b pnu_hush caf\udce9"))
     assert messages(server) == ["ab ******** caf?"]
@@ -226,7 +226,7 @@ def test_a_message_is_cut_to_fit_as_closely_as_it_can(text: str, largest: int) -
         assert fitted["message"] == "... [truncated]"
 
 
-async def test_nothing_is_logged_about_what_goes_well(server: FakeServer, caplog: pytest.LogCaptureFixture) -> None:
+async def test_nothing_is_logged_about_what_goes_well(server: PrefectApi, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "procworker")
     async with outbox_to(server) as outbox:
         outbox.log(record("x"))

@@ -12,17 +12,17 @@ from uuid import UUID, uuid4
 
 import anyio
 import pytest
-from fake_server import FakeServer
 from workers import engine_command, settings_for
 
 from procworker.errors import SpawnError
 from procworker.process import ProcessJobConfiguration, ProcessWorker, ProcessWorkerResult
 from procworker.server.models import FlowRun
 from procworker.system.child import join_command
+from procworker.testing import PrefectApi
 
 
 @pytest.fixture(autouse=True)
-def its_server_stands_in_the_environment(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def its_server_stands_in_the_environment(server: PrefectApi, monkeypatch: pytest.MonkeyPatch) -> None:
     """What resolves a configuration by itself knows the settings of the process only."""
     monkeypatch.setenv("PREFECT_API_URL", server.url)
 
@@ -35,7 +35,7 @@ def printing(*names: str) -> dict[str, list[str]]:
 class Library:
     """A process worker in its context, and what its runs print."""
 
-    def __init__(self, server: FakeServer, **options: Any) -> None:
+    def __init__(self, server: PrefectApi, **options: Any) -> None:
         self.server = server
         self.lines: list[str] = []
         self.worker = ProcessWorker(
@@ -71,7 +71,7 @@ class Library:
         return found[0] if found else None
 
 
-def pool(server: FakeServer, **defaults: Any) -> None:
+def pool(server: PrefectApi, **defaults: Any) -> None:
     """A process pool whose variables have these defaults; the command is the mini engine."""
     template = ProcessWorker.get_default_base_job_template()
     for name, value in {"command": engine_command(), **defaults}.items():
@@ -79,7 +79,7 @@ def pool(server: FakeServer, **defaults: Any) -> None:
     server.add_pool(type="process", base_job_template=template)
 
 
-async def test_a_resolved_configuration_can_be_run(server: FakeServer) -> None:
+async def test_a_resolved_configuration_can_be_run(server: PrefectApi) -> None:
     pool(server)
     id = server.schedule(server.add_deployment())
     library = Library(server)
@@ -93,7 +93,7 @@ async def test_a_resolved_configuration_can_be_run(server: FakeServer) -> None:
     assert server.run(id).state.type == "COMPLETED"
 
 
-async def test_a_flow_that_fails_by_its_own_word_is_a_success_of_its_process(server: FakeServer) -> None:
+async def test_a_flow_that_fails_by_its_own_word_is_a_success_of_its_process(server: PrefectApi) -> None:
     pool(server)
     id = server.schedule(server.add_deployment(), parameters={"do": "fail", "code": 0})
     library = Library(server)
@@ -105,7 +105,7 @@ async def test_a_flow_that_fails_by_its_own_word_is_a_success_of_its_process(ser
 
 
 async def test_the_environment_is_ours_then_the_pools_then_the_deployments(
-    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+    server: PrefectApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FROM_OUTSIDE", "outside")
     monkeypatch.setenv("FROM_BOTH", "outside")
@@ -126,7 +126,7 @@ async def test_the_environment_is_ours_then_the_pools_then_the_deployments(
 
 @pytest.mark.parametrize("how", ["spawned", "through the worker"])
 async def test_what_tells_of_the_flow_run_around_the_worker_stays_outside(
-    server: FakeServer, monkeypatch: pytest.MonkeyPatch, how: str
+    server: PrefectApi, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     """A worker inside a flow run: with the outer entrypoint an engine would run the outer flow again."""
     outer = ["PREFECT__FLOW_ENTRYPOINT", "PREFECT__DEPLOYMENT_NAME", "PREFECT__DEPLOYMENT_ID", "PREFECT__WORKER_ID"]
@@ -147,7 +147,7 @@ async def test_what_tells_of_the_flow_run_around_the_worker_stays_outside(
 
 
 async def test_a_variable_of_the_run_wins_and_the_others_of_the_deployment_stay(
-    server: FakeServer, tmp_path: Path
+    server: PrefectApi, tmp_path: Path
 ) -> None:
     pool(server)
     theirs, mine = tmp_path / "theirs", tmp_path / "mine"
@@ -164,7 +164,7 @@ async def test_a_variable_of_the_run_wins_and_the_others_of_the_deployment_stay(
 
 @pytest.mark.parametrize("given", [True, False], ids=["given", "temporary"])
 async def test_it_runs_where_the_deployment_says_or_in_a_directory_of_its_own(
-    server: FakeServer, tmp_path: Path, given: bool
+    server: PrefectApi, tmp_path: Path, given: bool
 ) -> None:
     pool(server)
     variables = {"working_dir": str(tmp_path)} if given else {}
@@ -183,7 +183,7 @@ async def test_it_runs_where_the_deployment_says_or_in_a_directory_of_its_own(
 
 
 @pytest.mark.parametrize("shown", [True, False])
-async def test_output_is_shown_unless_the_deployment_says_no(server: FakeServer, shown: bool) -> None:
+async def test_output_is_shown_unless_the_deployment_says_no(server: PrefectApi, shown: bool) -> None:
     pool(server)
     deployment = server.add_deployment(job_variables={} if shown else {"stream_output": False})
     id = server.schedule(deployment, parameters={"print": ["a line"]})
@@ -196,7 +196,7 @@ async def test_output_is_shown_unless_the_deployment_says_no(server: FakeServer,
     assert result.tail[-1:] == ["a line"]
 
 
-async def test_a_command_of_the_deployments_own_is_run_as_it_was_written(server: FakeServer, tmp_path: Path) -> None:
+async def test_a_command_of_the_deployments_own_is_run_as_it_was_written(server: PrefectApi, tmp_path: Path) -> None:
     pool(server)
     script = tmp_path / "a script.py"
     script.write_text("import sys; print(sys.argv[1:]); sys.exit(4)")
@@ -211,7 +211,7 @@ async def test_a_command_of_the_deployments_own_is_run_as_it_was_written(server:
     assert library.lines[0].endswith("| ['two words', '$HOME', 'a;b']")
 
 
-async def test_null_takes_a_variable_from_the_child(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_null_takes_a_variable_from_the_child(server: PrefectApi, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FROM_OUTSIDE", "outside")
     pool(server)
     deployment = server.add_deployment(job_variables={"env": {"FROM_OUTSIDE": None, "KEPT": "kept"}})
@@ -224,7 +224,7 @@ async def test_null_takes_a_variable_from_the_child(server: FakeServer, monkeypa
     assert library.said("KEPT") == "kept"
 
 
-async def test_a_command_that_cannot_start_crashes_its_run_and_says_which(server: FakeServer) -> None:
+async def test_a_command_that_cannot_start_crashes_its_run_and_says_which(server: PrefectApi) -> None:
     pool(server)
     id = server.schedule(server.add_deployment(job_variables={"command": "no-such-command --at-all"}))
     library = Library(server)
@@ -240,7 +240,7 @@ async def test_a_command_that_cannot_start_crashes_its_run_and_says_which(server
 
 @pytest.mark.parametrize("polite", [True, False])
 async def test_a_run_is_ended_by_its_pid_politely_or_at_once(
-    server: FakeServer, no_survivors: Callable[[str], None], polite: bool
+    server: PrefectApi, no_survivors: Callable[[str], None], polite: bool
 ) -> None:
     pool(server)
     parameters = {"do": "sleep", "seconds": 60, "term": "die" if polite else "ignore"}
@@ -262,7 +262,7 @@ async def test_a_run_is_ended_by_its_pid_politely_or_at_once(
     assert results[0].status_code == -(signal.SIGTERM if polite else signal.SIGKILL)
 
 
-async def test_several_runs_at_once_are_kept_apart(server: FakeServer) -> None:
+async def test_several_runs_at_once_are_kept_apart(server: PrefectApi) -> None:
     pool(server)
     deployment = server.add_deployment()
     ids = [server.schedule(deployment, parameters={"code": code}) for code in (0, 3, 5)]
@@ -280,7 +280,7 @@ async def test_several_runs_at_once_are_kept_apart(server: FakeServer) -> None:
     assert len(set(library.pids)) == 3
 
 
-async def test_a_run_that_somebody_made_is_executed_under_its_own_id(server: FakeServer) -> None:
+async def test_a_run_that_somebody_made_is_executed_under_its_own_id(server: PrefectApi) -> None:
     pool(server)
     id = server.schedule(server.add_deployment())
     library = Library(server)
@@ -295,7 +295,7 @@ async def test_a_run_that_somebody_made_is_executed_under_its_own_id(server: Fak
 
 
 async def test_a_submitted_file_makes_a_run_of_its_own_and_tells_the_engine_what_to_run(
-    server: FakeServer, tmp_path: Path
+    server: PrefectApi, tmp_path: Path
 ) -> None:
     pool(server)
     flows = tmp_path / "flows.py"

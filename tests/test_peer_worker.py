@@ -8,7 +8,6 @@ from uuid import UUID, uuid4
 
 import anyio
 import pytest
-from fake_server import FakeServer
 from workers import LocalWorker, ScriptResult, ScriptWorker, settings_for, working
 
 from procworker.configuration import BaseJobConfiguration
@@ -22,14 +21,15 @@ from procworker.errors import (
 from procworker.process import ProcessJobConfiguration, ProcessWorker
 from procworker.server.models import FlowRun
 from procworker.settings import Settings
+from procworker.testing import PrefectApi
 from procworker.worker import BaseWorker
 
 
-def make(server: FakeServer, script: Any = None, **options: Any) -> ScriptWorker:
+def make(server: PrefectApi, script: Any = None, **options: Any) -> ScriptWorker:
     return ScriptWorker("pool", settings=settings_for(server), script=script, **options)
 
 
-def reporting(server: FakeServer, type: str = "COMPLETED", code: int = 0) -> Any:
+def reporting(server: PrefectApi, type: str = "COMPLETED", code: int = 0) -> Any:
     async def script(flow_run: FlowRun, configuration: Any) -> int:
         server.set_state(flow_run.id, "RUNNING")
         server.set_state(flow_run.id, type)
@@ -38,7 +38,7 @@ def reporting(server: FakeServer, type: str = "COMPLETED", code: int = 0) -> Any
     return script
 
 
-def held(server: FakeServer, until: anyio.Event) -> Any:
+def held(server: PrefectApi, until: anyio.Event) -> Any:
     async def script(flow_run: FlowRun, configuration: Any) -> int:
         server.set_state(flow_run.id, "RUNNING")
         await until.wait()
@@ -56,7 +56,7 @@ async def until_idle(worker: BaseWorker[Any, Any, Any]) -> None:
 # The pool and the heartbeat
 
 
-async def test_the_status_tells_the_pool_as_the_server_has_it(server: FakeServer) -> None:
+async def test_the_status_tells_the_pool_as_the_server_has_it(server: PrefectApi) -> None:
     worker = make(server, name="w1", prefetch_seconds=3)
     assert worker.get_status()["work_pool"] is None
     async with worker:
@@ -67,7 +67,7 @@ async def test_the_status_tells_the_pool_as_the_server_has_it(server: FakeServer
     assert status["settings"] == {"prefetch_seconds": 3}
 
 
-async def test_without_a_pool_there_is_no_heartbeat_and_no_poll(server: FakeServer) -> None:
+async def test_without_a_pool_there_is_no_heartbeat_and_no_poll(server: PrefectApi) -> None:
     async with make(server, create_pool_if_not_found=False) as worker:
         await worker.sync_with_backend()
         assert await worker.get_and_submit_flow_runs() == []
@@ -80,7 +80,7 @@ async def test_without_a_pool_there_is_no_heartbeat_and_no_poll(server: FakeServ
     assert len(server.seen("POST", "/heartbeat")) == len(server.seen("POST", "/get_scheduled_flow_runs")) == 1
 
 
-async def test_two_workers_that_create_the_pool_at_once_share_it(server: FakeServer) -> None:
+async def test_two_workers_that_create_the_pool_at_once_share_it(server: PrefectApi) -> None:
     """The loser's answer is 409; it reads what the winner made."""
 
     def somebody_is_first(request: Any) -> bool:
@@ -99,7 +99,7 @@ async def test_two_workers_that_create_the_pool_at_once_share_it(server: FakeSer
     assert server.pools["pool"].description == "the winner's"
 
 
-async def test_a_pool_without_a_template_gets_that_of_its_type(server: FakeServer) -> None:
+async def test_a_pool_without_a_template_gets_that_of_its_type(server: PrefectApi) -> None:
     server.add_pool(type="process")
     async with make(server) as worker:
         assert worker.work_pool.base_job_template == ScriptWorker.get_default_base_job_template()
@@ -107,7 +107,7 @@ async def test_a_pool_without_a_template_gets_that_of_its_type(server: FakeServe
     assert server.pools["pool"].base_job_template == ScriptWorker.get_default_base_job_template()
 
 
-async def test_a_pools_own_template_is_left_alone_whatever_the_worker_brings(server: FakeServer) -> None:
+async def test_a_pools_own_template_is_left_alone_whatever_the_worker_brings(server: PrefectApi) -> None:
     own = {"job_configuration": {"command": "{{ command }}"}, "variables": {"properties": {"command": {}}}}
     server.add_pool(type="process", base_job_template=own)
     async with make(server, base_job_template={"job_configuration": {"x": "y"}, "variables": {"a": 1}}) as worker:
@@ -116,7 +116,7 @@ async def test_a_pools_own_template_is_left_alone_whatever_the_worker_brings(ser
     assert server.pools["pool"].base_job_template == own
 
 
-async def test_every_sync_beats_and_sees_what_the_pool_is_now(server: FakeServer) -> None:
+async def test_every_sync_beats_and_sees_what_the_pool_is_now(server: PrefectApi) -> None:
     async with make(server, name="w1") as worker:
         first = server.workers["pool", "w1"]["time"]
         server.pools["pool"].is_paused = True
@@ -127,7 +127,7 @@ async def test_every_sync_beats_and_sees_what_the_pool_is_now(server: FakeServer
         assert server.workers["pool", "w1"]["time"] > first
 
 
-async def test_cloud_is_asked_for_the_workers_id_only_once(server: FakeServer) -> None:
+async def test_cloud_is_asked_for_the_workers_id_only_once(server: PrefectApi) -> None:
     server.cloud = True
     async with ScriptWorker("pool", settings=settings_for(server, PREFECT_CLOUD_API_URL=server.url)) as worker:
         id = worker.backend_id
@@ -138,7 +138,7 @@ async def test_cloud_is_asked_for_the_workers_id_only_once(server: FakeServer) -
 
 
 async def test_nothing_is_polled_before_the_pool_is_known_and_a_lost_heartbeat_is_no_reason_to_wait(
-    server: FakeServer,
+    server: PrefectApi,
 ) -> None:
     server.add_pool(type="process")
     id = server.schedule(server.add_deployment())
@@ -155,7 +155,7 @@ async def test_nothing_is_polled_before_the_pool_is_known_and_a_lost_heartbeat_i
     assert server.run(id).state.type == "COMPLETED"
 
 
-async def test_what_is_refused_while_it_starts_ends_it_and_what_fails_does_not(server: FakeServer) -> None:
+async def test_what_is_refused_while_it_starts_ends_it_and_what_fails_does_not(server: PrefectApi) -> None:
     server.fault("GET", "/work_pools/pool", times=1, status=401)
     with pytest.raises(Unauthorized):
         async with make(server):
@@ -167,7 +167,7 @@ async def test_what_is_refused_while_it_starts_ends_it_and_what_fails_does_not(s
             _ = worker.work_pool
 
 
-async def test_one_client_serves_everything_and_is_gone_afterwards(server: FakeServer) -> None:
+async def test_one_client_serves_everything_and_is_gone_afterwards(server: PrefectApi) -> None:
     clients = set()
 
     async def script(flow_run: FlowRun, configuration: Any) -> int:
@@ -187,7 +187,7 @@ async def test_one_client_serves_everything_and_is_gone_afterwards(server: FakeS
         _ = worker.client
 
 
-async def test_setup_and_teardown_may_be_called_and_extended(server: FakeServer) -> None:
+async def test_setup_and_teardown_may_be_called_and_extended(server: PrefectApi) -> None:
     """Workers with helpers of their own do both: one entered beside the base, one closed after it."""
     told: list[str] = []
 
@@ -212,7 +212,7 @@ async def test_setup_and_teardown_may_be_called_and_extended(server: FakeServer)
 # What is taken
 
 
-async def test_a_poll_takes_what_is_due_or_nearly_and_nothing_else(server: FakeServer, monkeypatch: Any) -> None:
+async def test_a_poll_takes_what_is_due_or_nearly_and_nothing_else(server: PrefectApi, monkeypatch: Any) -> None:
     monkeypatch.setattr("procworker.intake.os.cpu_count", lambda: 8)
     deployment = server.add_deployment()
     due = [server.schedule(deployment, due_in=seconds) for seconds in (-86400, 5, 5)]
@@ -229,7 +229,7 @@ async def test_a_poll_takes_what_is_due_or_nearly_and_nothing_else(server: FakeS
     assert set(worker.started) == set(map(str, due))
 
 
-async def test_with_one_place_the_more_urgent_queue_comes_before_the_later_run(server: FakeServer) -> None:
+async def test_with_one_place_the_more_urgent_queue_comes_before_the_later_run(server: PrefectApi) -> None:
     server.add_pool(type="process", queues=("urgent", "slow"))
     late = server.schedule(server.add_deployment("a", queue="slow"), due_in=-86400)
     soon = server.schedule(server.add_deployment("b", queue="urgent"), due_in=5)
@@ -244,7 +244,7 @@ async def test_with_one_place_the_more_urgent_queue_comes_before_the_later_run(s
     assert server.run(late).state.type == "SCHEDULED"
 
 
-async def test_a_run_that_waits_for_its_own_retry_is_its_own_affair(server: FakeServer) -> None:
+async def test_a_run_that_waits_for_its_own_retry_is_its_own_affair(server: PrefectApi) -> None:
     id = server.schedule(server.add_deployment(), empirical_policy={"retries": 2})
     server.set_state(id, "RUNNING")
     server.set_state(id, "FAILED", force=False)
@@ -255,7 +255,7 @@ async def test_a_run_that_waits_for_its_own_retry_is_its_own_affair(server: Fake
     assert worker.started == []
 
 
-async def test_a_place_comes_back_however_a_run_fails(server: FakeServer) -> None:
+async def test_a_place_comes_back_however_a_run_fails(server: PrefectApi) -> None:
     deployment = server.add_deployment()
     refused = server.schedule(server.add_deployment("full", concurrency_limit=0), due_in=-60)
 
@@ -274,7 +274,7 @@ async def test_a_place_comes_back_however_a_run_fails(server: FakeServer) -> Non
     assert server.run(refused).state.type == "SCHEDULED"
 
 
-async def test_what_is_starting_is_returned_until_it_has_started(server: FakeServer) -> None:
+async def test_what_is_starting_is_returned_until_it_has_started(server: PrefectApi) -> None:
     release = anyio.Event()
     id = server.schedule(server.add_deployment())
     server.fault("GET", "/deployments/", times=1, delay=0.2)
@@ -291,7 +291,7 @@ async def test_what_is_starting_is_returned_until_it_has_started(server: FakeSer
 # What `run` is given and gives
 
 
-async def test_run_is_called_by_name(server: FakeServer) -> None:
+async def test_run_is_called_by_name(server: PrefectApi) -> None:
     given: dict[str, Any] = {}
 
     class Named(ScriptWorker):
@@ -311,7 +311,7 @@ async def test_run_is_called_by_name(server: FakeServer) -> None:
     assert given["configuration"].command == "prefect flow-run execute"
 
 
-async def test_infrastructure_is_ended_by_name_with_whole_seconds(server: FakeServer) -> None:
+async def test_infrastructure_is_ended_by_name_with_whole_seconds(server: PrefectApi) -> None:
     """What a worker hands the grace to, a container engine or a cluster, may take nothing but an integer."""
     given: dict[str, Any] = {}
     ended = anyio.Event()
@@ -337,7 +337,7 @@ async def test_infrastructure_is_ended_by_name_with_whole_seconds(server: FakeSe
 
 
 @pytest.mark.parametrize("error", [InfrastructureNotFound("gone"), InfrastructureNotAvailable("elsewhere")])
-async def test_infrastructure_that_cannot_be_ended_costs_no_worker(server: FakeServer, error: Exception) -> None:
+async def test_infrastructure_that_cannot_be_ended_costs_no_worker(server: PrefectApi, error: Exception) -> None:
     release, asked = anyio.Event(), anyio.Event()
 
     class Away(LocalWorker):
@@ -359,14 +359,14 @@ async def test_infrastructure_that_cannot_be_ended_costs_no_worker(server: FakeS
     assert server.run(id).state.type == "COMPLETED"
 
 
-async def test_a_worker_that_cannot_end_anything_says_so(server: FakeServer) -> None:
+async def test_a_worker_that_cannot_end_anything_says_so(server: PrefectApi) -> None:
     worker = make(server)
     with pytest.raises(NotImplementedError, match="'process'"):
         await worker.kill_infrastructure("1", BaseJobConfiguration(), 30)
 
 
 @pytest.mark.parametrize("code", [0, 7])
-async def test_infrastructure_that_never_said_it_started_is_judged_by_its_end(server: FakeServer, code: int) -> None:
+async def test_infrastructure_that_never_said_it_started_is_judged_by_its_end(server: PrefectApi, code: int) -> None:
     class Silent(ScriptWorker):
         async def run(self, flow_run: Any, configuration: Any, task_status: Any = None) -> ScriptResult:
             return ScriptResult(identifier="box", status_code=code)
@@ -384,7 +384,7 @@ async def test_infrastructure_that_never_said_it_started_is_judged_by_its_end(se
 
 @pytest.mark.parametrize(("code", "hint"), [(137, "memory"), (125, "image"), (-15, "SIGTERM"), (99, "last lines")])
 async def test_what_an_exit_code_means_is_told_for_every_kind_of_infrastructure(
-    server: FakeServer, code: int, hint: str
+    server: PrefectApi, code: int, hint: str
 ) -> None:
     async def script(flow_run: FlowRun, configuration: Any) -> int:
         return code
@@ -399,7 +399,7 @@ async def test_what_an_exit_code_means_is_told_for_every_kind_of_infrastructure(
 
 
 @pytest.mark.parametrize("code", [0, 1])
-async def test_what_a_flow_reported_itself_stays(server: FakeServer, code: int) -> None:
+async def test_what_a_flow_reported_itself_stays(server: PrefectApi, code: int) -> None:
     id = server.schedule(server.add_deployment())
     async with working(make(server, reporting(server, "FAILED", code))) as worker:
         await server.wait_state(id, "FAILED")
@@ -409,7 +409,7 @@ async def test_what_a_flow_reported_itself_stays(server: FakeServer, code: int) 
 
 
 async def test_infrastructure_that_does_not_come_up_crashes_the_run_with_the_kind_of_error(
-    server: FakeServer, caplog: pytest.LogCaptureFixture
+    server: PrefectApi, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Broken(ScriptWorker):
         async def run(self, flow_run: Any, configuration: Any, task_status: Any = None) -> ScriptResult:
@@ -424,7 +424,7 @@ async def test_infrastructure_that_does_not_come_up_crashes_the_run_with_the_kin
 
 
 async def test_infrastructure_that_is_lost_sight_of_keeps_its_run(
-    server: FakeServer, caplog: pytest.LogCaptureFixture
+    server: PrefectApi, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def script(flow_run: FlowRun, configuration: Any) -> int:
         server.set_state(flow_run.id, "RUNNING")
@@ -439,7 +439,7 @@ async def test_infrastructure_that_is_lost_sight_of_keeps_its_run(
     assert any("lucky-lynx" in record.getMessage() for record in caplog.records if record.levelno == logging.ERROR)
 
 
-async def test_a_pid_that_cannot_be_recorded_costs_no_run(server: FakeServer) -> None:
+async def test_a_pid_that_cannot_be_recorded_costs_no_run(server: PrefectApi) -> None:
     server.fault("PATCH", r"/flow_runs/[^/]+$", times=99, status=422)
     id = server.schedule(server.add_deployment())
     release = anyio.Event()
@@ -452,7 +452,7 @@ async def test_a_pid_that_cannot_be_recorded_costs_no_run(server: FakeServer) ->
     assert server.run(id).infrastructure_pid is None
 
 
-async def test_labels_tell_pool_and_worker(server: FakeServer) -> None:
+async def test_labels_tell_pool_and_worker(server: PrefectApi) -> None:
     release = anyio.Event()
     id = server.schedule(server.add_deployment())
     async with working(make(server, held(server, release), name="w1")):
@@ -468,7 +468,7 @@ async def test_labels_tell_pool_and_worker(server: FakeServer) -> None:
     }
 
 
-async def test_a_pool_that_changes_while_a_run_is_prepared_changes_the_next_run_only(server: FakeServer) -> None:
+async def test_a_pool_that_changes_while_a_run_is_prepared_changes_the_next_run_only(server: PrefectApi) -> None:
     """What was read before stays as it was, to its end."""
 
     def pool_template(word: str) -> dict[str, Any]:
@@ -501,7 +501,7 @@ async def test_a_pool_that_changes_while_a_run_is_prepared_changes_the_next_run_
     assert seen == [("first", "first"), ("later", "later")]
 
 
-async def test_start_syncs_and_runs_what_is_due(server: FakeServer) -> None:
+async def test_start_syncs_and_runs_what_is_due(server: PrefectApi) -> None:
     id = server.schedule(server.add_deployment())
     worker = make(server, reporting(server))
     assert worker.get_status()["work_pool"] is None
@@ -514,7 +514,7 @@ async def test_start_syncs_and_runs_what_is_due(server: FakeServer) -> None:
 # What a worker tells of itself
 
 
-async def test_a_runs_logger_carries_what_prefects_does(server: FakeServer) -> None:
+async def test_a_runs_logger_carries_what_prefects_does(server: PrefectApi) -> None:
     flow_run = FlowRun(id=uuid4(), name="lucky-lynx")
     plain = {"flow_run_name": "lucky-lynx", "flow_run_id": str(flow_run.id), "flow_name": "<unknown>"}
     async with make(server, name="w1") as worker:
@@ -555,7 +555,7 @@ def test_a_worker_that_stood_still_for_a_day_is_not_polling() -> None:
     assert not worker.is_worker_still_polling(query_interval_seconds=10)
 
 
-async def test_every_poll_counts_also_one_that_finds_nothing(server: FakeServer) -> None:
+async def test_every_poll_counts_also_one_that_finds_nothing(server: PrefectApi) -> None:
     async with make(server) as worker:
         worker._last_polled -= 3600
         assert not worker.is_worker_still_polling(10)
@@ -601,7 +601,7 @@ class FlowObject:
 
 
 @pytest.mark.parametrize("how", ["raises", "exits"])
-async def test_a_submitted_flow_that_fails_to_run_is_crashed_in_its_future(server: FakeServer, how: str) -> None:
+async def test_a_submitted_flow_that_fails_to_run_is_crashed_in_its_future(server: PrefectApi, how: str) -> None:
     async def script(flow_run: FlowRun, configuration: Any) -> int:
         if how == "raises":
             raise RuntimeError("no room")
@@ -616,7 +616,7 @@ async def test_a_submitted_flow_that_fails_to_run_is_crashed_in_its_future(serve
     assert server.run(future.flow_run_id).work_pool_name == "pool"
 
 
-async def test_a_submitted_flow_gets_the_workers_name_and_id(server: FakeServer) -> None:
+async def test_a_submitted_flow_gets_the_workers_name_and_id(server: PrefectApi) -> None:
     seen: dict[str, Any] = {}
 
     async def script(flow_run: FlowRun, configuration: Any) -> int:
@@ -630,14 +630,14 @@ async def test_a_submitted_flow_gets_the_workers_name_and_id(server: FakeServer)
     assert (seen["PREFECT__WORKER_NAME"], seen["PREFECT__WORKER_ID"]) == ("w1", str(worker.backend_id))
 
 
-async def test_outside_of_its_context_a_worker_submits_nothing(server: FakeServer) -> None:
+async def test_outside_of_its_context_a_worker_submits_nothing(server: PrefectApi) -> None:
     worker = make(server)
     with pytest.raises(RuntimeError, match="not correctly initialized"):
         await worker.submit(FlowObject())
     assert not server.runs
 
 
-async def test_a_flow_of_no_file_is_refused_before_anything_is_created(server: FakeServer) -> None:
+async def test_a_flow_of_no_file_is_refused_before_anything_is_created(server: PrefectApi) -> None:
     class Typed(FlowObject):
         fn = staticmethod(eval("lambda: None"))
 

@@ -14,11 +14,11 @@ from uuid import UUID
 
 import anyio
 import pytest
-from fake_http import Request
-from fake_server import FakeServer
 from workers import engine_command, settings_for, working
 
 from procworker.process import ProcessWorker
+from procworker.testing.api import PrefectApi
+from procworker.testing.messages import Request
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +42,7 @@ SECONDS = 40.0
 class Scene:
     """A server and a worker with a single slot; every poison run has a deployment and a flow of its own."""
 
-    server: FakeServer
+    server: PrefectApi
     worker: ProcessWorker
     poison: list[UUID] = field(default_factory=list)
 
@@ -82,7 +82,7 @@ class Scene:
 
 
 @asynccontextmanager
-async def at_work(server: FakeServer, **options: Any) -> AsyncIterator[Scene]:
+async def at_work(server: PrefectApi, **options: Any) -> AsyncIterator[Scene]:
     server.add_pool(base_job_template=TEMPLATE)
     fast = {"heartbeat_interval_seconds": 0.1, "base_job_template": TEMPLATE, "sink": lambda *line: None}
     worker = ProcessWorker("pool", settings=settings_for(server), limit=1, name="taster", **{**fast, **options})
@@ -122,7 +122,7 @@ LINE = {
 
 
 @pytest.mark.parametrize("name", LINE)
-async def test_a_refused_call_in_the_line_of_a_run_costs_this_run_alone(server: FakeServer, name: str) -> None:
+async def test_a_refused_call_in_the_line_of_a_run_costs_this_run_alone(server: PrefectApi, name: str) -> None:
     call = LINE[name]
     async with at_work(server) as scene:
         for status in REFUSALS:
@@ -145,7 +145,7 @@ BESIDE = {
 
 
 @pytest.mark.parametrize("name", BESIDE)
-async def test_a_refused_call_beside_the_runs_costs_none(server: FakeServer, name: str) -> None:
+async def test_a_refused_call_beside_the_runs_costs_none(server: PrefectApi, name: str) -> None:
     async with at_work(server, create_pool_if_not_found=False) as scene:
         await server.wait_request("POST", "/get_scheduled_flow_runs")
         faults = [server.fault(*BESIDE[name], times=1, status=status, body=GONE) for status in REFUSALS]
@@ -160,7 +160,7 @@ async def test_a_refused_call_beside_the_runs_costs_none(server: FakeServer, nam
 
 
 async def test_a_refused_look_for_cancels_only_delays_the_cancel(
-    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+    server: PrefectApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("procworker.cancels.CANCEL_POLL_SECONDS", 0.1)
     faults = [server.fault("POST", "/flow_runs/filter", times=1, status=status, body=GONE) for status in REFUSALS]
@@ -295,7 +295,7 @@ async def engine_that_dies(scene: Scene) -> set[str]:
     ],
     ids=lambda spoil: spoil.__name__.replace("_", "-"),
 )
-async def test_the_worker_outlives_it_and_runs_the_next_run(server: FakeServer, spoil: Spoiling) -> None:
+async def test_the_worker_outlives_it_and_runs_the_next_run(server: PrefectApi, spoil: Spoiling) -> None:
     async with at_work(server) as scene:
         await server.wait_request("POST", "/get_scheduled_flow_runs")
         final = await spoil(scene)
@@ -307,7 +307,7 @@ async def test_the_worker_outlives_it_and_runs_the_next_run(server: FakeServer, 
                 assert {server.run(run).state.type} == final
 
 
-async def test_a_worker_that_stumbled_over_a_poison_run_would_be_found(server: FakeServer) -> None:
+async def test_a_worker_that_stumbled_over_a_poison_run_would_be_found(server: PrefectApi) -> None:
     """The negative control: with the only slot taken, the next good run is not run."""
     async with at_work(server) as scene:
         await server.wait_request("POST", "/get_scheduled_flow_runs")

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import FAST, ROOT, TEMPLATE, Beside, serving
+from commands import FAST, ROOT, TEMPLATE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from misbehave import survivors
 
 from procworker.system.printer import LogStream, Printer, print_line
+from procworker.testing import Beside, serving
 
 pytestmark = pytest.mark.slow
 

@@ -22,7 +22,6 @@ import misbehave
 import pytest
 from anyio.abc import Process as AnyProcess
 from commands import fake_prefect
-from fake_server import FakeServer
 from pydantic import ValidationError
 from workers import settings_for
 
@@ -34,6 +33,7 @@ from procworker.settings import Settings
 from procworker.system import tree
 from procworker.system.child import join_command
 from procworker.system.tree import COOKIE, Entry, Family, Process, identify, is_alive, scan
+from procworker.testing.api import PrefectApi
 
 MISBEHAVE = (sys.executable, "-S", "-E", misbehave.__file__)
 HOST = socket.gethostname()
@@ -711,7 +711,7 @@ def test_the_template_of_a_new_pool_offers_every_field() -> None:
 # With a server
 
 
-async def test_a_failed_run_is_reported_with_its_last_words(server: FakeServer) -> None:
+async def test_a_failed_run_is_reported_with_its_last_words(server: PrefectApi) -> None:
     server.add_pool("pool", base_job_template=ProcessWorker.get_default_base_job_template())
     command = join_command([*MISBEHAVE, "lines", "2"]) + " no-number"
     id = server.schedule(work_pool_name="pool", job_variables={"command": command, "env": {"X_TOKEN": "no-number"}})

@@ -7,7 +7,6 @@ from uuid import UUID
 
 import anyio
 import pytest
-from fake_server import FakeServer
 from workers import LocalWorker, ScriptWorker, settings_for, working
 
 from procworker.configuration import BaseJobConfiguration
@@ -15,13 +14,14 @@ from procworker.errors import ProcworkerError
 from procworker.outcome import Facts, Reason
 from procworker.server.client import Client
 from procworker.server.models import FlowRun
+from procworker.testing.api import PrefectApi
 
 
-def script_worker(server: FakeServer, script: Any = None, **options: Any) -> ScriptWorker:
+def script_worker(server: PrefectApi, script: Any = None, **options: Any) -> ScriptWorker:
     return ScriptWorker("pool", settings=settings_for(server), script=script, **options)
 
 
-def finishing(server: FakeServer, type: str, code: int = 0) -> Any:
+def finishing(server: PrefectApi, type: str, code: int = 0) -> Any:
     """A script that reports like an engine, then exits with this code."""
 
     async def script(flow_run: FlowRun, configuration: Any) -> int:
@@ -32,11 +32,11 @@ def finishing(server: FakeServer, type: str, code: int = 0) -> Any:
     return script
 
 
-def types(server: FakeServer, id: UUID) -> list[str]:
+def types(server: PrefectApi, id: UUID) -> list[str]:
     return [state.type for state in server.run(id).states]
 
 
-async def test_a_run_goes_from_scheduled_to_its_end_with_one_claim_and_no_report_of_ours(server: FakeServer) -> None:
+async def test_a_run_goes_from_scheduled_to_its_end_with_one_claim_and_no_report_of_ours(server: PrefectApi) -> None:
     id = server.schedule(server.add_deployment())
 
     async with working(script_worker(server, finishing(server, "COMPLETED"))):
@@ -46,7 +46,7 @@ async def test_a_run_goes_from_scheduled_to_its_end_with_one_claim_and_no_report
     assert sum(request.path.endswith("set_state") for request in server.requests) == 1
 
 
-async def test_pid_and_labels_are_recorded_and_the_run_log_tells_the_story(server: FakeServer) -> None:
+async def test_pid_and_labels_are_recorded_and_the_run_log_tells_the_story(server: PrefectApi) -> None:
     async def script(flow_run: FlowRun, configuration: Any) -> int:
         await server.wait_for(lambda: server.run(id).labels)
         return int(await finishing(server, "COMPLETED")(flow_run, configuration))
@@ -69,7 +69,7 @@ async def test_pid_and_labels_are_recorded_and_the_run_log_tells_the_story(serve
     assert executed["follows"] == submitted["id"]
 
 
-async def test_labels_that_the_server_refuses_cost_no_run(server: FakeServer) -> None:
+async def test_labels_that_the_server_refuses_cost_no_run(server: PrefectApi) -> None:
     server.fault("PATCH", "/labels", times=99, status=500)
     id = server.schedule(server.add_deployment())
 
@@ -79,7 +79,7 @@ async def test_labels_that_the_server_refuses_cost_no_run(server: FakeServer) ->
     assert types(server, id)[-1] == "COMPLETED"
 
 
-async def test_a_non_zero_exit_without_a_state_is_reported_as_crashed(server: FakeServer) -> None:
+async def test_a_non_zero_exit_without_a_state_is_reported_as_crashed(server: PrefectApi) -> None:
     async def script(flow_run: FlowRun, configuration: Any) -> int:
         return 3
 
@@ -91,7 +91,7 @@ async def test_a_non_zero_exit_without_a_state_is_reported_as_crashed(server: Fa
 
 
 @pytest.mark.parametrize("ended", ["COMPLETED", "FAILED", "CRASHED"])
-async def test_a_claim_from_an_old_answer_is_taken_back(server: FakeServer, ended: str) -> None:
+async def test_a_claim_from_an_old_answer_is_taken_back(server: PrefectApi, ended: str) -> None:
     """The server accepts PENDING on a run that has ended since the poll; the run must not execute twice."""
     id = server.schedule(server.add_deployment())
     worker = script_worker(server, finishing(server, "COMPLETED"))
@@ -108,7 +108,7 @@ async def test_a_claim_from_an_old_answer_is_taken_back(server: FakeServer, ende
     assert server.run(id).state.message == "the other attempt's word"
 
 
-async def claiming(server: FakeServer, rivals: Any) -> tuple[ScriptWorker, UUID]:
+async def claiming(server: PrefectApi, rivals: Any) -> tuple[ScriptWorker, UUID]:
     """Let a worker claim a run while `rivals(id)` happens between its claim and its look back."""
     id = server.schedule(server.add_deployment())
     server.fault("GET", "/flow_run_states", times=1, status=503, when=lambda request: bool(rivals(id) or True))
@@ -119,7 +119,7 @@ async def claiming(server: FakeServer, rivals: Any) -> tuple[ScriptWorker, UUID]
     return worker, id
 
 
-async def test_of_two_accepted_claims_the_earlier_one_runs(server: FakeServer) -> None:
+async def test_of_two_accepted_claims_the_earlier_one_runs(server: PrefectApi) -> None:
     """A busy SQLite server accepts two: the later is seen by both, and its owner gives way."""
     worker, id = await claiming(server, lambda id: server.set_state(id, "PENDING", transition_id="a-rival"))
 
@@ -127,7 +127,7 @@ async def test_of_two_accepted_claims_the_earlier_one_runs(server: FakeServer) -
     assert server.run(id).state.type == "COMPLETED"
 
 
-async def test_of_two_accepted_claims_the_later_one_gives_way(server: FakeServer) -> None:
+async def test_of_two_accepted_claims_the_later_one_gives_way(server: PrefectApi) -> None:
     id = server.schedule(server.add_deployment())
     worker = script_worker(server, finishing(server, "COMPLETED"))
     async with worker:
@@ -139,7 +139,7 @@ async def test_of_two_accepted_claims_the_later_one_gives_way(server: FakeServer
     assert types(server, id) == ["SCHEDULED", "PENDING", "PENDING"]
 
 
-def accept_over_rival(server: FakeServer, id: UUID, request: Any) -> bool:
+def accept_over_rival(server: PrefectApi, id: UUID, request: Any) -> bool:
     """Claim the run for a rival, and then take the worker's claim all the same."""
     server.set_state(id, "PENDING", transition_id="a-rival")
     details = request.json["state"]["state_details"]
@@ -147,7 +147,7 @@ def accept_over_rival(server: FakeServer, id: UUID, request: Any) -> bool:
     return False
 
 
-async def test_a_claim_over_a_running_attempt_is_dropped_and_left_to_its_engine(server: FakeServer) -> None:
+async def test_a_claim_over_a_running_attempt_is_dropped_and_left_to_its_engine(server: PrefectApi) -> None:
     id = server.schedule(server.add_deployment())
     worker = script_worker(server, finishing(server, "COMPLETED"))
     async with worker:
@@ -161,12 +161,12 @@ async def test_a_claim_over_a_running_attempt_is_dropped_and_left_to_its_engine(
     assert types(server, id) == ["SCHEDULED", "PENDING", "RUNNING", "PENDING"]
 
 
-def accept(server: FakeServer, id: UUID, request: Any) -> bool:
+def accept(server: PrefectApi, id: UUID, request: Any) -> bool:
     server.set_state(id, "PENDING", transition_id=request.json["state"]["state_details"]["transition_id"])
     return False
 
 
-async def test_a_claim_that_was_stamped_early_and_written_late_is_taken_back_too(server: FakeServer) -> None:
+async def test_a_claim_that_was_stamped_early_and_written_late_is_taken_back_too(server: PrefectApi) -> None:
     """A state's time is when the server began to wait for its database; the later one in time may be overwritten."""
     id = server.schedule(server.add_deployment())
     worker = script_worker(server, finishing(server, "COMPLETED"))
@@ -183,27 +183,27 @@ async def test_a_claim_that_was_stamped_early_and_written_late_is_taken_back_too
     assert server.run(id).state.message == "the rival's word"
 
 
-def stamped_early(server: FakeServer, id: UUID) -> bool:
+def stamped_early(server: PrefectApi, id: UUID) -> bool:
     _, rival, crashed, ours = server.run(id).states
     ours.timestamp = rival.timestamp + (crashed.timestamp - rival.timestamp) / 2
     return False
 
 
-async def test_a_run_that_is_scheduled_again_after_the_claim_is_not_started(server: FakeServer) -> None:
+async def test_a_run_that_is_scheduled_again_after_the_claim_is_not_started(server: PrefectApi) -> None:
     worker, id = await claiming(server, lambda id: server.set_state(id, "SCHEDULED"))
 
     assert worker.started == []
     assert types(server, id) == ["SCHEDULED", "PENDING", "SCHEDULED"]
 
 
-async def test_a_run_that_is_ended_by_hand_after_the_claim_is_not_started(server: FakeServer) -> None:
+async def test_a_run_that_is_ended_by_hand_after_the_claim_is_not_started(server: PrefectApi) -> None:
     worker, id = await claiming(server, lambda id: server.set_state(id, "CANCELLED"))
 
     assert worker.started == []
     assert server.run(id).state.type == "CANCELLED"
 
 
-async def test_without_the_look_back_the_same_run_would_execute_twice(server: FakeServer) -> None:
+async def test_without_the_look_back_the_same_run_would_execute_twice(server: PrefectApi) -> None:
     """The negative control: the server of this test really has the trap."""
     id = server.schedule(server.add_deployment())
     server.set_state(id, "PENDING")
@@ -215,7 +215,7 @@ async def test_without_the_look_back_the_same_run_would_execute_twice(server: Fa
     assert answer.status == "ACCEPT"
 
 
-async def test_an_old_answer_is_not_even_used_for_a_claim(server: FakeServer) -> None:
+async def test_an_old_answer_is_not_even_used_for_a_claim(server: PrefectApi) -> None:
     id = server.schedule(server.add_deployment())
     worker = script_worker(server, finishing(server, "COMPLETED"))
     async with worker:
@@ -228,7 +228,7 @@ async def test_an_old_answer_is_not_even_used_for_a_claim(server: FakeServer) ->
     assert types(server, id) == ["SCHEDULED"]
 
 
-async def test_a_lost_answer_to_the_claim_is_recognised_as_our_own(server: FakeServer) -> None:
+async def test_a_lost_answer_to_the_claim_is_recognised_as_our_own(server: PrefectApi) -> None:
     server.fault("POST", "set_state", times=1, reset=True, commit=True)
     id = server.schedule(server.add_deployment())
 
@@ -238,7 +238,7 @@ async def test_a_lost_answer_to_the_claim_is_recognised_as_our_own(server: FakeS
     assert types(server, id) == ["SCHEDULED", "PENDING", "RUNNING", "COMPLETED"]
 
 
-async def test_a_claim_that_another_worker_won_is_dropped_and_frees_its_slot(server: FakeServer) -> None:
+async def test_a_claim_that_another_worker_won_is_dropped_and_frees_its_slot(server: PrefectApi) -> None:
     id = server.schedule(server.add_deployment())
     worker = script_worker(server, finishing(server, "COMPLETED"), limit=1)
     async with worker:
@@ -252,7 +252,7 @@ async def test_a_claim_that_another_worker_won_is_dropped_and_frees_its_slot(ser
     assert types(server, id) == ["SCHEDULED", "PENDING"]
 
 
-async def test_a_cancel_between_claim_and_start_starts_nothing(server: FakeServer) -> None:
+async def test_a_cancel_between_claim_and_start_starts_nothing(server: PrefectApi) -> None:
     id = server.schedule(server.add_deployment())
     server.fault("GET", "/flow_run_states", times=1, status=503, when=lambda request: bool(cancel(server, id)))
 
@@ -263,12 +263,12 @@ async def test_a_cancel_between_claim_and_start_starts_nothing(server: FakeServe
     assert worker.started == []
 
 
-def cancel(server: FakeServer, id: UUID) -> bool:
+def cancel(server: PrefectApi, id: UUID) -> bool:
     server.set_state(id, "CANCELLING")
     return True
 
 
-async def test_a_deployment_that_is_gone_cancels_its_runs(server: FakeServer) -> None:
+async def test_a_deployment_that_is_gone_cancels_its_runs(server: PrefectApi) -> None:
     deployment = server.add_deployment()
     id = server.schedule(deployment)
     server.delete_deployment(deployment)
@@ -282,7 +282,7 @@ async def test_a_deployment_that_is_gone_cancels_its_runs(server: FakeServer) ->
 
 
 async def test_a_deployment_that_goes_after_the_claim_cancels_the_run_too() -> None:
-    async with FakeServer.running("2.20.26") as server:  # which claims for deployments that are gone
+    async with PrefectApi.running("2.20.26") as server:  # which claims for deployments that are gone
         deployment = server.add_deployment()
         id = server.schedule(deployment)
         server.delete_deployment(deployment)
@@ -292,7 +292,7 @@ async def test_a_deployment_that_goes_after_the_claim_cancels_the_run_too() -> N
     assert str(deployment) in str(state.message)
 
 
-async def test_a_cancel_while_running_ends_the_infrastructure_first(server: FakeServer) -> None:
+async def test_a_cancel_while_running_ends_the_infrastructure_first(server: PrefectApi) -> None:
     ended = anyio.Event()
 
     async def script(flow_run: FlowRun, configuration: Any) -> int:
@@ -320,7 +320,7 @@ async def test_a_cancel_while_running_ends_the_infrastructure_first(server: Fake
     assert worker.killed == [(f"infra-{id}", 30.0)]
 
 
-async def test_a_worker_that_cannot_kill_has_its_run_cancelled(server: FakeServer) -> None:
+async def test_a_worker_that_cannot_kill_has_its_run_cancelled(server: PrefectApi) -> None:
     async def script(flow_run: FlowRun, configuration: Any) -> int:
         server.set_state(flow_run.id, "RUNNING")
         await anyio.sleep_forever()
@@ -336,7 +336,7 @@ async def test_a_worker_that_cannot_kill_has_its_run_cancelled(server: FakeServe
 
 
 @pytest.mark.slow
-async def test_an_outage_at_the_end_delays_the_report_but_does_not_lose_it(server: FakeServer) -> None:
+async def test_an_outage_at_the_end_delays_the_report_but_does_not_lose_it(server: PrefectApi) -> None:
     async def script(flow_run: FlowRun, configuration: Any) -> int:
         server.fault("*", "/flow_run", times=4, status=503)
         return 3
@@ -346,7 +346,7 @@ async def test_an_outage_at_the_end_delays_the_report_but_does_not_lose_it(serve
         await server.wait_state(id, "CRASHED", timeout=40)
 
 
-async def test_a_late_report_does_not_touch_a_newer_attempt(server: FakeServer) -> None:
+async def test_a_late_report_does_not_touch_a_newer_attempt(server: PrefectApi) -> None:
     async def script(flow_run: FlowRun, configuration: Any) -> int:
         server.set_state(flow_run.id, "SCHEDULED")
         server.set_state(flow_run.id, "PENDING", transition_id="somebody-elses")
@@ -363,7 +363,7 @@ async def test_a_late_report_does_not_touch_a_newer_attempt(server: FakeServer) 
     assert worker.outcomes == {"UNKNOWN": 1}
 
 
-async def test_a_run_that_is_deleted_on_the_way_is_dropped(server: FakeServer) -> None:
+async def test_a_run_that_is_deleted_on_the_way_is_dropped(server: PrefectApi) -> None:
     async def script(flow_run: FlowRun, configuration: Any) -> int:
         server.delete_run(flow_run.id)
         return 1
@@ -377,7 +377,7 @@ async def test_a_run_that_is_deleted_on_the_way_is_dropped(server: FakeServer) -
     assert worker.outcomes == {"UNKNOWN": 1}
 
 
-async def test_an_exception_in_run_ends_this_run_alone(server: FakeServer) -> None:
+async def test_an_exception_in_run_ends_this_run_alone(server: PrefectApi) -> None:
     async def script(flow_run: FlowRun, configuration: Any) -> int:
         if flow_run.parameters["bad"]:
             raise RuntimeError("infrastructure broke")
@@ -393,7 +393,7 @@ async def test_an_exception_in_run_ends_this_run_alone(server: FakeServer) -> No
     assert types(server, bad)[-1] == "PENDING"  # started, so its own engine has the last word
 
 
-async def test_a_configuration_that_cannot_be_built_crashes_with_its_place(server: FakeServer) -> None:
+async def test_a_configuration_that_cannot_be_built_crashes_with_its_place(server: PrefectApi) -> None:
     server.add_pool(type="process", base_job_template=ScriptWorker.get_default_base_job_template())
     id = server.schedule(server.add_deployment(job_variables={"labels": ["x"]}))
 
@@ -403,7 +403,7 @@ async def test_a_configuration_that_cannot_be_built_crashes_with_its_place(serve
     assert "labels: Input should be a valid dictionary" in str(state.message)
 
 
-async def test_a_timeout_ends_the_run_and_is_named(server: FakeServer) -> None:
+async def test_a_timeout_ends_the_run_and_is_named(server: PrefectApi) -> None:
     class Timed(BaseJobConfiguration):
         timeout_seconds: float = 0.1
 
@@ -422,7 +422,7 @@ async def test_a_timeout_ends_the_run_and_is_named(server: FakeServer) -> None:
     assert "timeout of 0.1 s" in str(state.message)
 
 
-async def test_deployment_and_flow_are_read_once_for_all_runs_of_a_poll(server: FakeServer) -> None:
+async def test_deployment_and_flow_are_read_once_for_all_runs_of_a_poll(server: PrefectApi) -> None:
     deployment = server.add_deployment()
     ids = [server.schedule(deployment) for _ in range(2)]
 
@@ -435,7 +435,7 @@ async def test_deployment_and_flow_are_read_once_for_all_runs_of_a_poll(server: 
     assert sum(path.startswith("/flows/") for path in reads) == 1
 
 
-async def test_a_torn_down_worker_reports_what_it_ends(server: FakeServer) -> None:
+async def test_a_torn_down_worker_reports_what_it_ends(server: PrefectApi) -> None:
     async def script(flow_run: FlowRun, configuration: Any) -> int:
         server.set_state(flow_run.id, "RUNNING")
         await anyio.sleep_forever()
@@ -453,7 +453,7 @@ async def test_a_torn_down_worker_reports_what_it_ends(server: FakeServer) -> No
     assert "'w1' was stopped" in str(server.run(id).state.message)
 
 
-async def test_a_stop_while_a_run_is_prepared_without_a_server_ends_it(server: FakeServer) -> None:
+async def test_a_stop_while_a_run_is_prepared_without_a_server_ends_it(server: PrefectApi) -> None:
     id = server.schedule(server.add_deployment())
     server.fault("GET", "/deployments/", times=99, hang=True)
     worker = script_worker(server)
@@ -465,7 +465,7 @@ async def test_a_stop_while_a_run_is_prepared_without_a_server_ends_it(server: F
     assert server.run(id).state.type == "CRASHED"
 
 
-async def test_a_worker_that_names_nothing_to_end_is_cancelled_itself(server: FakeServer) -> None:
+async def test_a_worker_that_names_nothing_to_end_is_cancelled_itself(server: PrefectApi) -> None:
     class Silent(LocalWorker):
         async def run(self, flow_run: Any, configuration: Any, task_status: Any = None) -> Any:
             self.started.append(str(flow_run.id))
@@ -483,7 +483,7 @@ async def test_a_worker_that_names_nothing_to_end_is_cancelled_itself(server: Fa
     assert server.run(id).state.type == "CRASHED"
 
 
-async def test_a_run_that_returns_nothing_says_so(server: FakeServer) -> None:
+async def test_a_run_that_returns_nothing_says_so(server: PrefectApi) -> None:
     class Nothing(LocalWorker):
         async def run(self, flow_run: Any, configuration: Any, task_status: Any = None) -> Any:
             return None
@@ -495,7 +495,7 @@ async def test_a_run_that_returns_nothing_says_so(server: FakeServer) -> None:
     assert "Nothing.run() returned nothing" in str(state.message)
 
 
-async def test_an_end_that_failed_is_tried_again(server: FakeServer) -> None:
+async def test_an_end_that_failed_is_tried_again(server: PrefectApi) -> None:
     ended = anyio.Event()
 
     class Flaky(LocalWorker):
@@ -528,7 +528,7 @@ async def test_an_end_that_failed_is_tried_again(server: FakeServer) -> None:
 
 @pytest.mark.parametrize("status", [404, 405, 413, 422])
 async def test_a_server_that_refuses_to_tell_the_history_for_once_costs_no_outcome(
-    server: FakeServer, status: int
+    server: PrefectApi, status: int
 ) -> None:
     async def script(flow_run: FlowRun, configuration: Any) -> int:
         server.fault("GET", "flow_run_states", times=1, status=status, body='{"detail": "Not Found"}')
@@ -539,7 +539,7 @@ async def test_a_server_that_refuses_to_tell_the_history_for_once_costs_no_outco
         await server.wait_state(id, "CRASHED", timeout=40)
 
 
-async def test_a_stop_does_not_replace_the_reason_of_a_run_that_has_failed_already(server: FakeServer) -> None:
+async def test_a_stop_does_not_replace_the_reason_of_a_run_that_has_failed_already(server: PrefectApi) -> None:
     """Its record, too, goes on to say what was wrong: whoever reports it later has nothing else."""
     reporting = anyio.Event()
 

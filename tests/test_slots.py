@@ -23,8 +23,6 @@ from uuid import UUID
 import anyio
 import anyio.lowlevel
 import pytest
-from fake_model import FINAL, Model
-from fake_model import State as ModelState
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -43,6 +41,9 @@ from procworker.errors import InfrastructureNotFound, ObjectNotFound, Rejected, 
 from procworker.outcome import ExitUnknown
 from procworker.server import models
 from procworker.settings import Settings
+from procworker.testing.model import Model
+from procworker.testing.rows import FINAL
+from procworker.testing.rows import State as ModelState
 from procworker.worker import BaseWorker
 
 pytestmark = pytest.mark.slow

@@ -14,8 +14,10 @@ from typing import Any
 
 import psutil
 import pytest
-from commands import FAST, ROOT, serving
+from commands import FAST, ROOT
 from misbehave import survivors
+
+from procworker.testing import serving
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import anyio
 import anyio.to_thread
 import pytest
-from fake_server import FakeServer
 from workers import engine_command, working
+
+from procworker.testing import PrefectApi
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -44,7 +45,7 @@ class Case(NamedTuple):
     def type(self) -> str:
         return self.file.removesuffix(".py")
 
-    def arrange(self, server: FakeServer, **parameters: Any) -> Any:
+    def arrange(self, server: PrefectApi, **parameters: Any) -> Any:
         """A due run of a deployment in a pool that the worker itself has still to fill."""
         server.add_pool(f"{self.type}-pool", type=self.type)
         server.add_variable("region", "eu")
@@ -91,7 +92,7 @@ every = pytest.mark.parametrize("case", CASES, ids=lambda case: case.type)
 
 
 @pytest.fixture(autouse=True)
-def the_servers_address(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def the_servers_address(server: PrefectApi, monkeypatch: pytest.MonkeyPatch) -> None:
     """Such workers know nothing of settings objects: everything comes from the environment."""
     monkeypatch.setenv("PREFECT_API_URL", server.url)
     monkeypatch.setenv("PREFECT_WORKER_QUERY_SECONDS", "0.05")
@@ -100,7 +101,7 @@ def the_servers_address(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> 
 
 @every
 async def test_it_runs_what_is_due(
-    case: Case, server: FakeServer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    case: Case, server: PrefectApi, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     id = case.arrange(server)
     async with working(case.worker(tmp_path)) as worker:
@@ -119,7 +120,7 @@ async def test_it_runs_what_is_due(
 
 
 @every
-async def test_a_failure_of_its_infrastructure_is_reported(case: Case, server: FakeServer, tmp_path: Path) -> None:
+async def test_a_failure_of_its_infrastructure_is_reported(case: Case, server: PrefectApi, tmp_path: Path) -> None:
     id = case.arrange(server, do="nothing", code=7)
     async with working(case.worker(tmp_path)):
         state = await server.wait_state(id, "CRASHED")
@@ -129,7 +130,7 @@ async def test_a_failure_of_its_infrastructure_is_reported(case: Case, server: F
 
 @every
 async def test_a_cancel_ends_its_infrastructure(
-    case: Case, server: FakeServer, tmp_path: Path, no_survivors: Callable[[str], None]
+    case: Case, server: PrefectApi, tmp_path: Path, no_survivors: Callable[[str], None]
 ) -> None:
     id = case.arrange(server, do="sleep", term="die")
     no_survivors(str(id))
@@ -149,7 +150,7 @@ async def test_a_cancel_ends_its_infrastructure(
 
 @every
 async def test_stopping_the_worker_ends_its_infrastructure(
-    case: Case, server: FakeServer, tmp_path: Path, no_survivors: Callable[[str], None]
+    case: Case, server: PrefectApi, tmp_path: Path, no_survivors: Callable[[str], None]
 ) -> None:
     id = case.arrange(server, do="sleep", term="die")
     no_survivors(str(id))
@@ -161,7 +162,7 @@ async def test_stopping_the_worker_ends_its_infrastructure(
 
 
 @every
-async def test_its_pool_gets_its_template(case: Case, server: FakeServer, tmp_path: Path) -> None:
+async def test_its_pool_gets_its_template(case: Case, server: PrefectApi, tmp_path: Path) -> None:
     case.arrange(server)
     async with case.worker(tmp_path) as worker:
         template = server.pools[f"{case.type}-pool"].base_job_template
@@ -171,7 +172,7 @@ async def test_its_pool_gets_its_template(case: Case, server: FakeServer, tmp_pa
 
 
 @every
-async def test_it_runs_as_a_program(case: Case, server: FakeServer, tmp_path: Path) -> None:
+async def test_it_runs_as_a_program(case: Case, server: PrefectApi, tmp_path: Path) -> None:
     id = case.arrange(server)
     (tmp_path / case.file).write_text(imports_changed(HERE / "subclasses" / case.file))
     done = await anyio.to_thread.run_sync(
@@ -190,7 +191,7 @@ async def test_it_runs_as_a_program(case: Case, server: FakeServer, tmp_path: Pa
     assert server.run(id).state.type == "COMPLETED"
 
 
-async def test_a_container_that_is_gone_already_is_no_trouble(server: FakeServer, tmp_path: Path) -> None:
+async def test_a_container_that_is_gone_already_is_no_trouble(server: PrefectApi, tmp_path: Path) -> None:
     case = next(case for case in CASES if case.type == "boxes")
     module = case.load(tmp_path)
     worker = module.BoxWorker("boxes-pool")

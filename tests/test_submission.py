@@ -10,12 +10,12 @@ from typing import Any
 import anyio
 import anyio.to_thread
 import pytest
-from fake_server import FakeServer
 from workers import ScriptWorker, settings_for
 
 from procworker.errors import ConfigurationError
 from procworker.server.models import FlowRun
 from procworker.submission import FlowRunFuture, entrypoint_of, flow_names
+from procworker.testing.api import PrefectApi
 
 FLOWS = """
 from prefect import flow, task
@@ -111,7 +111,7 @@ def test_a_flow_object_is_known_by_its_file() -> None:
         entrypoint_of(1)
 
 
-def completing(server: FakeServer, seen: dict[str, Any]) -> Any:
+def completing(server: PrefectApi, seen: dict[str, Any]) -> Any:
     async def script(flow_run: FlowRun, configuration: Any) -> int:
         seen["env"] = configuration.env
         seen["states"] = [state.type for state in server.run(flow_run.id).states]
@@ -122,7 +122,7 @@ def completing(server: FakeServer, seen: dict[str, Any]) -> Any:
     return script
 
 
-async def test_a_submitted_flow_is_created_in_pending_and_runs_at_once(server: FakeServer) -> None:
+async def test_a_submitted_flow_is_created_in_pending_and_runs_at_once(server: PrefectApi) -> None:
     seen: dict[str, Any] = {}
     worker = ScriptWorker(None, settings=settings_for(server), script=completing(server, seen))
     async with worker:
@@ -140,7 +140,7 @@ async def test_a_submitted_flow_is_created_in_pending_and_runs_at_once(server: F
     assert [flow.name for flow in server.flows.values()] == ["a-flow"]
 
 
-async def test_a_file_gives_its_flow_the_name_that_its_decorator_says(server: FakeServer, file: Path) -> None:
+async def test_a_file_gives_its_flow_the_name_that_its_decorator_says(server: PrefectApi, file: Path) -> None:
     worker = ScriptWorker(None, settings=settings_for(server), script=completing(server, {}))
     async with worker:
         for entrypoint in (f"{file}:named", "package.module:my_flow"):
@@ -149,7 +149,7 @@ async def test_a_file_gives_its_flow_the_name_that_its_decorator_says(server: Fa
     assert {flow.name for flow in server.flows.values()} == {"Nice name", "my-flow"}
 
 
-async def test_parameters_that_are_not_json_are_refused_by_name(server: FakeServer) -> None:
+async def test_parameters_that_are_not_json_are_refused_by_name(server: PrefectApi) -> None:
     async with ScriptWorker(None, settings=settings_for(server)) as worker:
         for value in (object(), float("nan")):
             with pytest.raises(ConfigurationError, match="'x'"):
@@ -158,7 +158,7 @@ async def test_parameters_that_are_not_json_are_refused_by_name(server: FakeServ
     assert not server.runs
 
 
-async def test_submissions_wait_for_the_limit(server: FakeServer) -> None:
+async def test_submissions_wait_for_the_limit(server: PrefectApi) -> None:
     release = anyio.Event()
 
     async def script(flow_run: FlowRun, configuration: Any) -> int:
@@ -178,7 +178,7 @@ async def test_submissions_wait_for_the_limit(server: FakeServer) -> None:
     assert len(worker.started) == 2
 
 
-async def test_waiting_in_the_event_loop_is_refused_and_in_a_thread_it_works(server: FakeServer) -> None:
+async def test_waiting_in_the_event_loop_is_refused_and_in_a_thread_it_works(server: PrefectApi) -> None:
     worker = ScriptWorker(None, settings=settings_for(server), script=completing(server, {}))
     async with worker:
         future = await worker.submit(flow_object(top_level))
@@ -198,7 +198,7 @@ async def test_a_wait_may_time_out() -> None:
         await anyio.to_thread.run_sync(future.wait, 0.01)
 
 
-async def test_a_result_needs_prefect_and_says_so(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_result_needs_prefect_and_says_so(server: PrefectApi, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "prefect", None)
     monkeypatch.setitem(sys.modules, "prefect.client.schemas", None)
     worker = ScriptWorker(None, settings=settings_for(server), script=completing(server, {}))

@@ -12,11 +12,12 @@ from typing import Any
 
 import anyio
 import pytest
-from commands import FAST, TEMPLATE, Beside, Command, serving
-from fake_server import FakeServer
+from commands import FAST, TEMPLATE, Command
 from workers import ScriptWorker, settings_for, working
 
 from procworker import worker as worker_module
+from procworker.testing import Beside, serving
+from procworker.testing.api import PrefectApi
 
 pytestmark = pytest.mark.slow
 
@@ -65,7 +66,7 @@ def test_a_worker_that_slept_goes_on_without_a_storm(beside: Beside, tmp_path: P
 
 @pytest.mark.parametrize("jump", [3600.0, -3600.0])
 async def test_a_clock_that_is_set_shortens_no_timer_and_lengthens_none(
-    server: FakeServer, monkeypatch: pytest.MonkeyPatch, jump: float
+    server: PrefectApi, monkeypatch: pytest.MonkeyPatch, jump: float
 ) -> None:
     real, offset = time.time, 0.0
 
@@ -96,7 +97,7 @@ async def test_a_clock_that_is_set_shortens_no_timer_and_lengthens_none(
         assert worker.is_worker_still_polling(0.1)
 
 
-async def test_many_late_runs_are_started_a_few_at_a_time(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_many_late_runs_are_started_a_few_at_a_time(server: PrefectApi, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     server.add_pool()
     deployment = server.add_deployment()

@@ -9,7 +9,6 @@ from uuid import UUID, uuid4
 import anyio
 import httpx
 import pytest
-from fake_server import FakeServer
 from workers import LocalWorker, ScriptResult, ScriptWorker, settings_for, working
 
 from procworker.configuration import BaseJobConfiguration, BaseVariables
@@ -17,10 +16,11 @@ from procworker.errors import ConfigurationError, Unauthorized
 from procworker.process import ProcessWorker
 from procworker.server.models import FlowRun
 from procworker.settings import Settings
+from procworker.testing.api import PrefectApi
 from procworker.worker import BaseWorker
 
 
-def completing(server: FakeServer) -> Any:
+def completing(server: PrefectApi) -> Any:
     async def script(flow_run: FlowRun, configuration: Any) -> int:
         server.set_state(flow_run.id, "RUNNING")
         server.set_state(flow_run.id, "COMPLETED")
@@ -29,7 +29,7 @@ def completing(server: FakeServer) -> Any:
     return script
 
 
-def waiting(server: FakeServer, until: anyio.Event) -> Any:
+def waiting(server: PrefectApi, until: anyio.Event) -> Any:
     async def script(flow_run: FlowRun, configuration: Any) -> int:
         server.set_state(flow_run.id, "RUNNING")
         await until.wait()
@@ -39,11 +39,11 @@ def waiting(server: FakeServer, until: anyio.Event) -> Any:
     return script
 
 
-def make(server: FakeServer, script: Any = None, **options: Any) -> ScriptWorker:
+def make(server: PrefectApi, script: Any = None, **options: Any) -> ScriptWorker:
     return ScriptWorker("pool", settings=settings_for(server), script=script, **options)
 
 
-async def test_a_missing_pool_is_created_with_the_default_template(server: FakeServer) -> None:
+async def test_a_missing_pool_is_created_with_the_default_template(server: PrefectApi) -> None:
     async with make(server) as worker:
         assert worker.work_pool.name == "pool"
 
@@ -51,7 +51,7 @@ async def test_a_missing_pool_is_created_with_the_default_template(server: FakeS
     assert server.pools["pool"].base_job_template == ScriptWorker.get_default_base_job_template()
 
 
-async def test_a_template_of_ones_own_is_used_for_a_new_pool(server: FakeServer) -> None:
+async def test_a_template_of_ones_own_is_used_for_a_new_pool(server: PrefectApi) -> None:
     template = {"job_configuration": {"command": "{{ command }}"}, "variables": {"properties": {"command": {}}}}
     async with make(server, base_job_template=template):
         pass
@@ -60,7 +60,7 @@ async def test_a_template_of_ones_own_is_used_for_a_new_pool(server: FakeServer)
 
 
 async def test_a_missing_pool_is_not_created_when_that_is_not_wanted(
-    server: FakeServer, caplog: pytest.LogCaptureFixture
+    server: PrefectApi, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with make(server, create_pool_if_not_found=False) as worker:
         assert await worker.get_and_submit_flow_runs() == []
@@ -71,14 +71,14 @@ async def test_a_missing_pool_is_not_created_when_that_is_not_wanted(
     assert "does not exist" in caplog.text
 
 
-async def test_a_heartbeat_says_name_and_whole_seconds(server: FakeServer) -> None:
+async def test_a_heartbeat_says_name_and_whole_seconds(server: PrefectApi) -> None:
     async with make(server, name="w1", heartbeat_interval_seconds=12.5):
         pass
 
     assert server.workers["pool", "w1"]["interval"] == 12
 
 
-async def test_a_pool_of_another_type_is_refused_at_the_start(server: FakeServer) -> None:
+async def test_a_pool_of_another_type_is_refused_at_the_start(server: PrefectApi) -> None:
     server.add_pool(type="kubernetes")
 
     with pytest.raises(ConfigurationError, match=r"'kubernetes'.*'process'"):
@@ -87,7 +87,7 @@ async def test_a_pool_of_another_type_is_refused_at_the_start(server: FakeServer
 
 
 async def test_a_pool_that_changes_its_type_later_is_only_warned_about(
-    server: FakeServer, caplog: pytest.LogCaptureFixture
+    server: PrefectApi, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with make(server) as worker:
         server.pools["pool"].type = "kubernetes"
@@ -98,13 +98,13 @@ async def test_a_pool_that_changes_its_type_later_is_only_warned_about(
 
 
 async def test_wrong_credentials_are_fatal_at_the_start() -> None:
-    async with FakeServer.running(api_key="right") as server:
+    async with PrefectApi.running(api_key="right") as server:
         with pytest.raises(Unauthorized):
             async with make(server):
                 pass
 
 
-async def test_a_server_that_is_away_is_waited_for(server: FakeServer, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_server_that_is_away_is_waited_for(server: PrefectApi, caplog: pytest.LogCaptureFixture) -> None:
     id = server.schedule(server.add_deployment())
     await server.down()
     async with working(make(server, completing(server), heartbeat_interval_seconds=0.1)) as worker:
@@ -116,7 +116,7 @@ async def test_a_server_that_is_away_is_waited_for(server: FakeServer, caplog: p
     assert "does not answer yet" in caplog.text
 
 
-async def test_no_more_runs_than_the_limit_at_once_and_every_slot_comes_back(server: FakeServer) -> None:
+async def test_no_more_runs_than_the_limit_at_once_and_every_slot_comes_back(server: PrefectApi) -> None:
     release = anyio.Event()
     deployment = server.add_deployment()
     ids = [server.schedule(deployment) for _ in range(3)]
@@ -131,7 +131,7 @@ async def test_no_more_runs_than_the_limit_at_once_and_every_slot_comes_back(ser
         assert worker.limiter.borrowed_tokens == 0
 
 
-async def test_the_limiter_is_held_on_behalf_of_the_run(server: FakeServer) -> None:
+async def test_the_limiter_is_held_on_behalf_of_the_run(server: PrefectApi) -> None:
     release = anyio.Event()
     id = server.schedule(server.add_deployment())
     worker = make(server, waiting(server, release), limit=1)
@@ -141,7 +141,7 @@ async def test_the_limiter_is_held_on_behalf_of_the_run(server: FakeServer) -> N
         release.set()
 
 
-async def test_only_the_queues_asked_for_are_polled(server: FakeServer) -> None:
+async def test_only_the_queues_asked_for_are_polled(server: PrefectApi) -> None:
     server.add_pool(queues=("default", "gpu"))
     other = server.schedule(server.add_deployment("a"))
     mine = server.schedule(server.add_deployment("b", queue="gpu"))
@@ -151,14 +151,14 @@ async def test_only_the_queues_asked_for_are_polled(server: FakeServer) -> None:
     assert server.run(other).state.type == "SCHEDULED"
 
 
-async def test_an_unknown_queue_is_a_warning(server: FakeServer, caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_unknown_queue_is_a_warning(server: PrefectApi, caplog: pytest.LogCaptureFixture) -> None:
     async with make(server, work_queues=["nope"]) as worker:
         assert await worker.get_and_submit_flow_runs() == []
 
     assert "a queue does not exist" in caplog.text
 
 
-async def test_runs_are_taken_prefetch_seconds_early(server: FakeServer) -> None:
+async def test_runs_are_taken_prefetch_seconds_early(server: PrefectApi) -> None:
     deployment = server.add_deployment()
     soon, later = server.schedule(deployment, due_in=5), server.schedule(deployment, due_in=60)
     async with working(make(server, completing(server), prefetch_seconds=10)):
@@ -168,7 +168,7 @@ async def test_runs_are_taken_prefetch_seconds_early(server: FakeServer) -> None
     assert server.run(later).state.type == "SCHEDULED"
 
 
-async def test_run_once_takes_all_that_is_due_and_returns(server: FakeServer) -> None:
+async def test_run_once_takes_all_that_is_due_and_returns(server: PrefectApi) -> None:
     deployment = server.add_deployment()
     ids = [server.schedule(deployment) for _ in range(7)]
     worker = make(server, completing(server))
@@ -179,7 +179,7 @@ async def test_run_once_takes_all_that_is_due_and_returns(server: FakeServer) ->
     assert worker.outcomes == {"COMPLETED": 7}
 
 
-async def test_a_hiccup_while_something_runs_does_not_end_run_once(server: FakeServer) -> None:
+async def test_a_hiccup_while_something_runs_does_not_end_run_once(server: PrefectApi) -> None:
     deployment = server.add_deployment()
     ids = [server.schedule(deployment) for _ in range(5)]
     polls = 0
@@ -200,7 +200,7 @@ async def test_a_hiccup_while_something_runs_does_not_end_run_once(server: FakeS
     assert {server.run(id).state.type for id in ids} == {"COMPLETED"}
 
 
-async def test_runs_that_cannot_be_claimed_do_not_starve_the_others(server: FakeServer) -> None:
+async def test_runs_that_cannot_be_claimed_do_not_starve_the_others(server: PrefectApi) -> None:
     blocked = server.add_deployment("blocked", concurrency_limit=0)
     for _ in range(6):
         server.schedule(blocked, due_in=-60)
@@ -213,7 +213,7 @@ async def test_runs_that_cannot_be_claimed_do_not_starve_the_others(server: Fake
     assert len(claims) <= 7
 
 
-async def test_the_same_run_is_not_executed_twice_at_once(server: FakeServer) -> None:
+async def test_the_same_run_is_not_executed_twice_at_once(server: PrefectApi) -> None:
     release = anyio.Event()
     id = server.schedule(server.add_deployment())
     async with make(server, waiting(server, release)) as worker:
@@ -226,7 +226,7 @@ async def test_the_same_run_is_not_executed_twice_at_once(server: FakeServer) ->
     assert worker.started == [str(id)]
 
 
-async def test_a_cancelled_wait_for_the_end_still_closes_everything(server: FakeServer) -> None:
+async def test_a_cancelled_wait_for_the_end_still_closes_everything(server: PrefectApi) -> None:
     id = server.schedule(server.add_deployment())
     worker = LocalWorker("pool", settings=settings_for(server), script=waiting(server, anyio.Event()))
     with anyio.move_on_after(0.5) as scope:
@@ -239,7 +239,7 @@ async def test_a_cancelled_wait_for_the_end_still_closes_everything(server: Fake
     assert not worker.runs
 
 
-async def test_run_once_takes_no_more_than_the_limit(server: FakeServer) -> None:
+async def test_run_once_takes_no_more_than_the_limit(server: PrefectApi) -> None:
     deployment = server.add_deployment()
     for _ in range(5):
         server.schedule(deployment)
@@ -249,14 +249,14 @@ async def test_run_once_takes_no_more_than_the_limit(server: FakeServer) -> None
     assert len(worker.started) == 2
 
 
-async def test_the_printer_hears_start_and_stop(server: FakeServer) -> None:
+async def test_the_printer_hears_start_and_stop(server: PrefectApi) -> None:
     lines: list[str] = []
     await make(server, name="w1").start(run_once=True, printer=lines.append)
 
     assert lines == ["Worker 'w1' started!", "Worker 'w1' stopped!"]
 
 
-async def test_the_first_stop_lets_runs_finish(server: FakeServer) -> None:
+async def test_the_first_stop_lets_runs_finish(server: PrefectApi) -> None:
     release = anyio.Event()
     id = server.schedule(server.add_deployment())
     worker = make(server, waiting(server, release))
@@ -271,7 +271,7 @@ async def test_the_first_stop_lets_runs_finish(server: FakeServer) -> None:
     assert server.run(late).state.type == "SCHEDULED"
 
 
-async def test_after_the_drain_time_runs_are_ended_and_reported(server: FakeServer) -> None:
+async def test_after_the_drain_time_runs_are_ended_and_reported(server: PrefectApi) -> None:
     id = server.schedule(server.add_deployment())
     worker = LocalWorker("pool", settings=settings_for(server), script=waiting(server, anyio.Event()), name="w1")
     worker._shift.drain_seconds = 0.1
@@ -284,7 +284,7 @@ async def test_after_the_drain_time_runs_are_ended_and_reported(server: FakeServ
     assert server.run(id).state.message == "The worker 'w1' was stopped, and the flow run with it."
 
 
-async def test_the_third_stop_kills_without_grace(server: FakeServer) -> None:
+async def test_the_third_stop_kills_without_grace(server: PrefectApi) -> None:
     class Stubborn(ScriptWorker):
         async def kill_infrastructure(
             self, infrastructure_pid: str, configuration: Any, grace_seconds: float = 30
@@ -306,7 +306,7 @@ async def test_the_third_stop_kills_without_grace(server: FakeServer) -> None:
 
 
 @pytest.mark.slow
-async def test_stopping_without_a_server_is_bounded(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_stopping_without_a_server_is_bounded(server: PrefectApi, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("procworker.shift.STOP_GRACE_SECONDS", 0.2)
     monkeypatch.setattr("procworker.shift.LAST_REPORT_SECONDS", 0.2)
     id = server.schedule(server.add_deployment())
@@ -323,7 +323,7 @@ async def test_stopping_without_a_server_is_bounded(server: FakeServer, monkeypa
     assert worker.outcomes == {"UNKNOWN": 1}
 
 
-async def test_health_and_readiness_are_told_apart(server: FakeServer) -> None:
+async def test_health_and_readiness_are_told_apart(server: PrefectApi) -> None:
     server.add_pool(type="process")
     lines: list[str] = []
     settings = settings_for(server, PREFECT_WORKER_WEBSERVER_PORT="0")
@@ -346,7 +346,7 @@ async def test_health_and_readiness_are_told_apart(server: FakeServer) -> None:
         worker.stop()
 
 
-async def test_a_health_port_that_is_taken_is_a_clear_error(server: FakeServer) -> None:
+async def test_a_health_port_that_is_taken_is_a_clear_error(server: PrefectApi) -> None:
     async with await anyio.create_tcp_listener(local_host="127.0.0.1") as taken:
         port = str(taken.extra(anyio.abc.SocketAttribute.local_port))
         worker = ScriptWorker("pool", settings=settings_for(server, PREFECT_WORKER_WEBSERVER_PORT=port))
@@ -354,7 +354,7 @@ async def test_a_health_port_that_is_taken_is_a_clear_error(server: FakeServer) 
             await worker.start(with_healthcheck=True, printer=lambda *line: None)
 
 
-async def test_still_polling_means_within_thirty_intervals(server: FakeServer) -> None:
+async def test_still_polling_means_within_thirty_intervals(server: PrefectApi) -> None:
     worker = make(server)
     assert worker.is_worker_still_polling(10)
 
@@ -364,7 +364,7 @@ async def test_still_polling_means_within_thirty_intervals(server: FakeServer) -
     assert worker.is_worker_still_polling(11)
 
 
-async def test_polling_quickens_after_activity(server: FakeServer) -> None:
+async def test_polling_quickens_after_activity(server: PrefectApi) -> None:
     settings = Settings.load({"PREFECT_API_URL": server.url})
     async with ScriptWorker("pool", settings=settings) as worker:
         assert worker._intake.poll_seconds() == 10
@@ -429,7 +429,7 @@ async def test_without_an_api_url_nothing_starts() -> None:
             pass
 
 
-async def test_a_worker_written_for_prefect_2_works(server: FakeServer) -> None:
+async def test_a_worker_written_for_prefect_2_works(server: PrefectApi) -> None:
     """Three-argument prepare_for_flow_run, a started value that is no int, task_status left alone."""
     seen: dict[str, Any] = {}
 
@@ -462,13 +462,13 @@ async def test_a_worker_written_for_prefect_2_works(server: FakeServer) -> None:
     assert seen["pool"] == ("pool", "pool")
 
 
-async def test_an_exception_in_the_body_comes_out_as_itself(server: FakeServer) -> None:
+async def test_an_exception_in_the_body_comes_out_as_itself(server: PrefectApi) -> None:
     with pytest.raises(KeyError, match="mine"):
         async with make(server):
             raise KeyError("mine")
 
 
-async def test_cancelling_a_run_that_is_not_here_is_only_noted(server: FakeServer) -> None:
+async def test_cancelling_a_run_that_is_not_here_is_only_noted(server: PrefectApi) -> None:
     async with make(server) as worker:
         await worker.cancel_run(FlowRun.model_validate({"id": UUID(int=1)}))
         await worker.check_for_cancelled_flow_runs()
@@ -476,7 +476,7 @@ async def test_cancelling_a_run_that_is_not_here_is_only_noted(server: FakeServe
     assert not [request for request in server.requests if request.path == "/flow_runs/filter"]
 
 
-async def test_cloud_gives_a_worker_its_id(server: FakeServer) -> None:
+async def test_cloud_gives_a_worker_its_id(server: PrefectApi) -> None:
     server.cloud = True
     settings = settings_for(server, PREFECT_CLOUD_API_URL=server.url)
     async with ScriptWorker("pool", settings=settings) as worker:

@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from commands import FAST, ROOT, TEMPLATE, Beside, Command, fake_prefect, serving
+from commands import FAST, ROOT, TEMPLATE, Command, fake_prefect
 from doomed import POINTS
 from misbehave import survivors
+
+from procworker.testing import Beside, serving
 
 pytestmark = pytest.mark.slow
 

@@ -17,9 +17,10 @@ from uuid import UUID
 
 import misbehave
 import pytest
-from commands import FAST, Beside, Command, fake_prefect, serving
+from commands import FAST, Command, fake_prefect
 
 from procworker.system.tree import Process, identify, is_alive, send
+from procworker.testing import Beside, serving
 
 SCRIPT = misbehave.__file__
 MODES = {

@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import anyio
-from fake_server import FakeServer
 
 from procworker.configuration import BaseJobConfiguration, BaseVariables, BaseWorkerResult
 from procworker.process import ProcessWorker
 from procworker.settings import Settings
+from procworker.testing.api import PrefectApi
 from procworker.worker import BaseWorker
 
 ENGINE = Path(__file__).with_name("engine.py")
 
 
-def settings_for(server: FakeServer, **environ: str) -> Settings:
+def settings_for(server: PrefectApi, **environ: str) -> Settings:
     """Settings that know the server and poll it often."""
     fast = {
         "PREFECT_WORKER_QUERY_SECONDS": "0.05",

@@ -16,6 +16,7 @@ TYPE_CHECKING = False  # see procworker/__init__.py
 if TYPE_CHECKING:
     from typing import Any
 
+    from procworker.cli.junit import Case
     from procworker.process import ProcessWorker
     from procworker.server.models import FlowRun
     from procworker.settings import Settings
@@ -33,6 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="a parameter; VALUE is JSON, or else a text; may be repeated",
     )
+    add(
+        "-jv",
+        "--job-variable",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a job variable, such as env.NAME=<< $NAME >>; VALUE as above; may be repeated",
+    )
     add("--python", metavar="PATH", help="Python that runs the flow: a path, a venv or tox env directory")
     add(
         "--startup-timeout",
@@ -45,20 +54,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--keep",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="keep the embedded server for ten minutes after its last use (default: yes, but not in CI)",
+        help="keep the embedded server for ten minutes after its last use (default: yes, but not in tox and CI)",
     )
+    add("--junit", metavar="FILE", help="write how the run ended to this file, as JUnit's XML")
 
 
 def execute(arguments: argparse.Namespace) -> int:
     from procworker.cli.common import run_loop, set_up_logging
+    from procworker.cli.junit import reported
     from procworker.settings import Settings
 
     settings = Settings.load(profile=arguments.profile)
     set_up_logging("WARNING" if settings.logging_level == "INFO" else settings.logging_level)
-    return run_loop(_run, settings, arguments)
+    with reported(arguments.junit, arguments.target) as case:
+        return run_loop(_run, settings, arguments, case)
 
 
-async def _run(settings: Settings, arguments: argparse.Namespace) -> int:
+async def _run(settings: Settings, arguments: argparse.Namespace, case: Case) -> int:
     """Run the target on a worker of its own, which has no pool, and print how it went."""
     import os
     import time
@@ -70,17 +82,22 @@ async def _run(settings: Settings, arguments: argparse.Namespace) -> int:
     from procworker.cli.errors import FAILED, UNKILLED
     from procworker.cli.receipt import children_cpu_seconds, receipt
     from procworker.process import ProcessWorker
+    from procworker.settings import secrets_in
     from procworker.submission import entrypoint_of
     from procworker.system.interpreter import find_interpreter
+    from procworker.system.output import Mask
     from procworker.system.subreaper import subreaper
+    from procworker.template import fill_environment
 
-    parameters = parse_parameters(arguments.param)
+    parameters = parse_pairs(arguments.param, "parameter")
+    job_variables = fill_environment(parse_pairs(arguments.job_variable, "job variable"), os.environ)
     kind = kind_of(arguments.target)
     if kind == "entrypoint":
         entrypoint_of(arguments.target)  # a typing error shows before a server is started for it
     if kind == "entrypoint" or arguments.python:
         find_interpreter(arguments.python, os.environ)  # and a Python without Prefect before a flow run is made
-    keep = not os.environ.get("CI") if arguments.keep is None else arguments.keep
+    passing = os.environ.get("CI") or os.environ.get("TOX_ENV_DIR")  # nobody comes back soon
+    keep = not passing if arguments.keep is None else arguments.keep
     worker: ProcessWorker | None = None
     code = 1
 
@@ -103,10 +120,13 @@ async def _run(settings: Settings, arguments: argparse.Namespace) -> int:
             worker = ProcessWorker(None, **options, orphans="kill")
             await stack.enter_async_context(worker)
             began, cpu = time.monotonic(), children_cpu_seconds()
-            future = await _submit(worker, kind, arguments.target, parameters)
+            future = await _submit(worker, kind, arguments.target, parameters, job_variables)
             run = worker.runs[future.flow_run_id]
             await future.wait_async()
-            say(receipt(run, time.monotonic() - began, children_cpu_seconds() - cpu))
+            seconds = time.monotonic() - began
+            say(receipt(run, seconds, children_cpu_seconds() - cpu))
+            secrets = secrets_in(run.configuration.env if run.configuration else {})
+            case.ended(run, Mask(settings.secrets() | secrets), seconds)
             code = 0 if run.final_state is not None and run.final_state.type == "COMPLETED" else FAILED
     if worker is not None and worker.unkilled:
         return UNKILLED
@@ -136,22 +156,22 @@ def kind_of(target: str) -> str:
     )
 
 
-def parse_parameters(pairs: list[str]) -> dict[str, Any]:
+def parse_pairs(pairs: list[str], what: str) -> dict[str, Any]:
     """Read KEY=VALUE pairs; what is not JSON is a text."""
     import json
 
     from procworker.errors import ConfigurationError
 
-    parameters = {}
+    found = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key:
-            raise ConfigurationError(f"parameter {pair!r} must be written KEY=VALUE")
+            raise ConfigurationError(f"{what} {pair!r} must be written KEY=VALUE")
         try:
-            parameters[key] = json.loads(value, parse_constant=str)  # NaN and Infinity are not JSON
+            found[key] = json.loads(value, parse_constant=str)  # NaN and Infinity are not JSON
         except (ValueError, RecursionError):
-            parameters[key] = value
-    return parameters
+            found[key] = value
+    return found
 
 
 async def _template(settings: Settings, kind: str, target: str) -> dict[str, Any] | None:
@@ -176,7 +196,9 @@ async def _template(settings: Settings, kind: str, target: str) -> dict[str, Any
         return pool.base_job_template if pool.type == "process" else None
 
 
-async def _submit(worker: ProcessWorker, kind: str, target: str, parameters: dict[str, Any]) -> FlowRunFuture:
+async def _submit(
+    worker: ProcessWorker, kind: str, target: str, parameters: dict[str, Any], job_variables: dict[str, Any]
+) -> FlowRunFuture:
     import os
     from uuid import UUID, uuid4
 
@@ -184,17 +206,19 @@ async def _submit(worker: ProcessWorker, kind: str, target: str, parameters: dic
     from procworker.server.models import new_state
 
     if kind == "entrypoint":
-        return await worker.submit(target, parameters, {"working_dir": os.getcwd()})
+        return await worker.submit(target, parameters, {"working_dir": os.getcwd(), **job_variables})
     if kind == "deployment":
         transition_id = uuid4()
         deployment = await worker.client.read_deployment_by_name(target)
         pending = new_state("PENDING", transition_id=transition_id)
+        given: Any = {"job_variables": job_variables} if job_variables else {}
         flow_run: FlowRun = await worker.client.create_flow_run_from_deployment(
-            deployment.id, parameters=parameters, state=pending
+            deployment.id, parameters=parameters, state=pending, **given
         )
         return await worker.execute(flow_run, transition_id)
-    if parameters:
-        raise ConfigurationError("an existing flow run has its parameters already: leave out --param")
+    if parameters or job_variables:
+        text = "an existing flow run has its parameters and job variables already: leave out"
+        raise ConfigurationError(f"{text} {'--param' if parameters else '--job-variable'}")
     existing = await worker.client.read_flow_run(UUID(target))
     if existing.state_type != "SCHEDULED":
         raise ConfigurationError(

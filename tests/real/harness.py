@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import httpx
 from misbehave import survivors
@@ -169,10 +169,12 @@ class Place:
 class Worker:
     """`procworker start` as a user has it; ends when the context does, and everything with it."""
 
+    program: ClassVar[tuple[str, ...]] = (sys.executable, "-m", "procworker")
+
     def __init__(self, place: Place, api: Api, *options: str, **environment: str) -> None:
         self._place = place
         self.log_file = place.path / f"worker-{time.monotonic_ns()}.log"
-        command = [sys.executable, "-m", "procworker", "start", *options]
+        command = [*self.program, "start", *options]
         with self.log_file.open("wb") as log:
             self.process = subprocess.Popen(
                 command,
@@ -198,8 +200,8 @@ class Worker:
 
 
 @contextmanager
-def working(place: Place, api: Api, *options: str, **environment: str) -> Iterator[Worker]:
-    worker = Worker(place, api, *options, **environment)
+def working(place: Place, api: Api, *options: str, kind: type[Worker] = Worker, **environment: str) -> Iterator[Worker]:
+    worker = kind(place, api, *options, **environment)
     try:
         yield worker
     except BaseException:

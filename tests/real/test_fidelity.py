@@ -7,9 +7,10 @@ from uuid import uuid4
 
 import httpx
 import pytest
-from fake_model import TYPES
-from fake_server import FakeServer
 from harness import Prefect
+
+from procworker.testing.api import PrefectApi
+from procworker.testing.rows import TYPES
 
 pytestmark = pytest.mark.real
 
@@ -135,7 +136,7 @@ def odd_requests(pool: str, run: str, flow: str) -> list[tuple[str, str, str, An
 async def agree(prefect: Prefect, version: str, leave_out: str = "\0") -> None:
     """Compare all that does not start with `leave_out`."""
     secret = prefect.api.auth_string
-    async with FakeServer.running(version) as fake:
+    async with PrefectApi.running(version) as fake:
         ours = await judgements(fake.url, None)
     theirs = await judgements(prefect.api.url, httpx.BasicAuth(*secret.split(":", 1)) if secret else None)
     wrong = {name for name in ours if ours[name] != theirs[name] and not name.startswith(leave_out)}

@@ -11,18 +11,19 @@ from uuid import UUID, uuid4
 import anyio
 import httpx
 import pytest
-from fake_http import Request
-from fake_server import FakeServer
+
+from procworker.testing.api import PrefectApi
+from procworker.testing.messages import Request
 
 BROKEN = (httpx.ReadError, httpx.RemoteProtocolError)
 
 
-def client_of(server: FakeServer, **options: Any) -> httpx.AsyncClient:
+def client_of(server: PrefectApi, **options: Any) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=server.url, trust_env=False, **options)
 
 
 @pytest.fixture
-async def client(server: FakeServer) -> AsyncIterator[httpx.AsyncClient]:
+async def client(server: PrefectApi) -> AsyncIterator[httpx.AsyncClient]:
     async with client_of(server) as client:
         yield client
 
@@ -42,7 +43,7 @@ async def poll(client: httpx.AsyncClient, pool: str = "pool", **body: Any) -> li
 
 
 async def test_a_run_goes_from_scheduled_to_completed_with_its_history_kept(
-    server: FakeServer, client: httpx.AsyncClient
+    server: PrefectApi, client: httpx.AsyncClient
 ) -> None:
     id, transition = server.schedule(name="a"), str(uuid4())
     await propose(client, id, "PENDING", state_details={"transition_id": transition})
@@ -62,7 +63,7 @@ async def test_a_run_goes_from_scheduled_to_completed_with_its_history_kept(
 
 @pytest.mark.parametrize("final", ["COMPLETED", "FAILED", "CRASHED"])
 async def test_a_stale_claim_of_a_run_that_ended_is_accepted(
-    server: FakeServer, client: httpx.AsyncClient, final: str
+    server: PrefectApi, client: httpx.AsyncClient, final: str
 ) -> None:
     id = server.schedule()
     server.set_state(id, final)
@@ -74,7 +75,7 @@ async def test_a_stale_claim_of_a_run_that_ended_is_accepted(
 @pytest.mark.parametrize("version", ["3.8.8", "2.20.26"])
 @pytest.mark.parametrize("old", ["PENDING", "RUNNING"])
 async def test_a_second_claim_is_aborted_and_shows_the_current_state(version: str, old: str) -> None:
-    async with FakeServer.running(version) as server, client_of(server) as client:
+    async with PrefectApi.running(version) as server, client_of(server) as client:
         id = server.schedule()
         server.set_state(id, old)
         answer = await propose(client, id, "PENDING")
@@ -83,7 +84,7 @@ async def test_a_second_claim_is_aborted_and_shows_the_current_state(version: st
 
 
 async def test_a_repeated_proposal_is_rejected_with_the_state_it_made(
-    server: FakeServer, client: httpx.AsyncClient
+    server: PrefectApi, client: httpx.AsyncClient
 ) -> None:
     id, details = server.schedule(), {"transition_id": uuid4().hex}
     first = await propose(client, id, "PENDING", state_details=details)
@@ -92,7 +93,7 @@ async def test_a_repeated_proposal_is_rejected_with_the_state_it_made(
     assert first["state"]["id"] == again["state"]["id"]
 
 
-async def test_the_cancel_button_ends_a_run_without_infrastructure_at_once(server: FakeServer) -> None:
+async def test_the_cancel_button_ends_a_run_without_infrastructure_at_once(server: PrefectApi) -> None:
     waiting, running = server.schedule(), server.schedule()
     server.set_state(running, "RUNNING")
     server.request_cancel(waiting)
@@ -101,7 +102,7 @@ async def test_the_cancel_button_ends_a_run_without_infrastructure_at_once(serve
 
 
 async def test_a_cancelling_run_becomes_nothing_but_cancelled_unless_forced(
-    server: FakeServer, client: httpx.AsyncClient
+    server: PrefectApi, client: httpx.AsyncClient
 ) -> None:
     id = server.schedule()
     server.set_state(id, "CANCELLING")
@@ -111,7 +112,7 @@ async def test_a_cancelling_run_becomes_nothing_but_cancelled_unless_forced(
     assert (await propose(client, id, "CANCELLING"))["status"] == "ABORT"
 
 
-async def test_running_waits_for_the_scheduled_time(server: FakeServer, client: httpx.AsyncClient) -> None:
+async def test_running_waits_for_the_scheduled_time(server: PrefectApi, client: httpx.AsyncClient) -> None:
     id = server.schedule(due_in=30)
     await propose(client, id, "PENDING")
     answer = await propose(client, id, "RUNNING")
@@ -120,7 +121,7 @@ async def test_running_waits_for_the_scheduled_time(server: FakeServer, client: 
 
 
 async def test_a_failed_attempt_with_retries_left_awaits_its_retry_unseen_by_pollers(
-    server: FakeServer, client: httpx.AsyncClient
+    server: PrefectApi, client: httpx.AsyncClient
 ) -> None:
     id = server.schedule(empirical_policy={"retries": 1})
     await propose(client, id, "RUNNING")
@@ -144,7 +145,7 @@ async def test_a_failed_attempt_with_retries_left_awaits_its_retry_unseen_by_pol
     ],
 )
 async def test_a_deployment_limits_its_runs(
-    server: FakeServer, client: httpx.AsyncClient, options: dict[str, Any], status: str, state: str
+    server: PrefectApi, client: httpx.AsyncClient, options: dict[str, Any], status: str, state: str
 ) -> None:
     deployment = server.add_deployment(**options)
     busy, id = server.schedule(deployment), server.schedule(deployment)
@@ -156,7 +157,7 @@ async def test_a_deployment_limits_its_runs(
 # Polling
 
 
-async def test_a_poll_returns_what_is_due_by_priority_then_time(server: FakeServer, client: httpx.AsyncClient) -> None:
+async def test_a_poll_returns_what_is_due_by_priority_then_time(server: PrefectApi, client: httpx.AsyncClient) -> None:
     server.add_pool("pool", queues=("high", "low"))
     low, later = server.schedule(queue="low"), server.schedule(queue="high", due_in=5)
     soon, far = server.schedule(queue="high", due_in=2), server.schedule(queue="high", due_in=99)
@@ -168,7 +169,7 @@ async def test_a_poll_returns_what_is_due_by_priority_then_time(server: FakeServ
     assert await poll(client) == [soon, later, far, low]
 
 
-async def test_nothing_is_due_where_it_is_paused_or_full(server: FakeServer, client: httpx.AsyncClient) -> None:
+async def test_nothing_is_due_where_it_is_paused_or_full(server: PrefectApi, client: httpx.AsyncClient) -> None:
     pool = server.add_pool("pool", queues=("a", "b"), concurrency_limit=1)
     first, second = server.schedule(queue="a"), server.schedule(queue="b")
     assert await poll(client) == [first]
@@ -182,7 +183,7 @@ async def test_nothing_is_due_where_it_is_paused_or_full(server: FakeServer, cli
 
 
 async def test_runs_of_deployments_inherit_and_what_is_deleted_is_gone(
-    server: FakeServer, client: httpx.AsyncClient
+    server: PrefectApi, client: httpx.AsyncClient
 ) -> None:
     deployment = server.add_deployment("d", flow="f", parameters={"a": 1, "b": 1}, tags=["t"], job_variables={"x": 1})
     named = (await client.get("/deployments/name/f/d")).json()
@@ -200,7 +201,7 @@ async def test_runs_of_deployments_inherit_and_what_is_deleted_is_gone(
 
 
 async def test_the_old_generation_knows_less() -> None:
-    async with FakeServer.running("2.20.26") as server, client_of(server) as client:
+    async with PrefectApi.running("2.20.26") as server, client_of(server) as client:
         deployment = server.add_deployment(job_variables={"x": 1})
         read = (await client.get(f"/deployments/{deployment}")).json()
         assert read["infra_overrides"] == {"x": 1}
@@ -210,7 +211,7 @@ async def test_the_old_generation_knows_less() -> None:
         assert (await client.get("/admin/version")).json() == "2.20.26"
 
 
-async def test_filters_select_by_id_state_and_pool(server: FakeServer, client: httpx.AsyncClient) -> None:
+async def test_filters_select_by_id_state_and_pool(server: PrefectApi, client: httpx.AsyncClient) -> None:
     one, two, other = server.schedule(), server.schedule(), server.schedule(pool="other")
     for id in (one, two, other):
         server.set_state(id, "CANCELLING")
@@ -233,14 +234,14 @@ async def test_credentials_are_asked_for_everywhere_but_at_the_health_routes() -
         ({"api_key": "k"}, "Bearer k"),
         ({"auth_string": "admin:pass"}, "Basic YWRtaW46cGFzcw=="),
     ):
-        async with FakeServer.running(**options) as server, client_of(server) as client:
+        async with PrefectApi.running(**options) as server, client_of(server) as client:
             assert (await client.get("/admin/version")).status_code == 401
             assert (await client.get("/health")).json() is True
             assert (await client.get("/ready")).status_code == 200
             assert (await client.get("/version", headers={"authorization": header})).status_code == 200
 
 
-async def test_csrf_is_off_with_422_and_demands_a_fresh_token_when_on(server: FakeServer) -> None:
+async def test_csrf_is_off_with_422_and_demands_a_fresh_token_when_on(server: PrefectApi) -> None:
     async with client_of(server) as client:
         off = await client.get("/csrf-token", params={"client": "c"})
         assert (off.status_code, off.json()["detail"]) == (422, "CSRF protection is disabled.")
@@ -263,7 +264,7 @@ async def test_versions_and_content_types_are_checked(client: httpx.AsyncClient)
 
 
 async def test_blocks_hide_their_secrets_and_variables_are_found_by_name(
-    server: FakeServer, client: httpx.AsyncClient
+    server: PrefectApi, client: httpx.AsyncClient
 ) -> None:
     id = server.add_block("b", "secret", {"value": "hush"})
     server.add_variable("v", [1])
@@ -276,7 +277,7 @@ async def test_blocks_hide_their_secrets_and_variables_are_found_by_name(
 async def test_a_worker_id_in_a_log_loses_the_batch_except_on_the_cloud(client: httpx.AsyncClient) -> None:
     record = {"name": "n", "level": 20, "message": "m", "timestamp": "2026-01-01T00:00:00Z", "worker_id": "w"}
     assert (await client.post("/logs/", json=[record])).status_code == 422
-    async with FakeServer.running(cloud=True) as cloud, client_of(cloud) as of_cloud:
+    async with PrefectApi.running(cloud=True) as cloud, client_of(cloud) as of_cloud:
         assert (await of_cloud.post("/logs/", json=[record])).status_code == 201
         assert cloud.logs == [record]
         cloud.add_pool("p")
@@ -288,7 +289,7 @@ async def test_a_worker_id_in_a_log_loses_the_batch_except_on_the_cloud(client: 
 # HTTP and faults
 
 
-async def test_connections_are_kept_and_served_side_by_side(server: FakeServer, client: httpx.AsyncClient) -> None:
+async def test_connections_are_kept_and_served_side_by_side(server: PrefectApi, client: httpx.AsyncClient) -> None:
     first = await client.get("/health")
     again = await client.get("/health")
     ports = [answer.extensions["network_stream"].get_extra_info("client_addr")[1] for answer in (first, again)]
@@ -302,7 +303,7 @@ async def test_connections_are_kept_and_served_side_by_side(server: FakeServer, 
     assert server.requests[-2].status == 200
 
 
-async def test_a_request_is_remembered_as_it_came(server: FakeServer, client: httpx.AsyncClient) -> None:
+async def test_a_request_is_remembered_as_it_came(server: PrefectApi, client: httpx.AsyncClient) -> None:
     await client.post("/work_pools/a%20b/queues/filter", params={"x": "1"}, json={"limit": None}, headers={"A": "b"})
     seen = server.requests[0]
     assert (seen.method, seen.path, seen.query, seen.json) == (
@@ -313,7 +314,7 @@ async def test_a_request_is_remembered_as_it_came(server: FakeServer, client: ht
 
 
 async def test_a_fault_strikes_as_often_as_told_and_only_where_told(
-    server: FakeServer, client: httpx.AsyncClient
+    server: PrefectApi, client: httpx.AsyncClient
 ) -> None:
     def second(request: Request) -> bool:
         return request.query.get("n") == "2"
@@ -330,7 +331,7 @@ async def test_a_fault_strikes_as_often_as_told_and_only_where_told(
 
 @pytest.mark.parametrize("how", [{"reset": True}, {"commit": True}, {"truncate": 5}, {"truncate": 0}])
 async def test_a_dropped_or_cut_reply_is_a_transport_error(
-    server: FakeServer, client: httpx.AsyncClient, how: dict[str, Any]
+    server: PrefectApi, client: httpx.AsyncClient, how: dict[str, Any]
 ) -> None:
     server.fault("POST", "set_state", **how)
     id = server.schedule()
@@ -341,7 +342,7 @@ async def test_a_dropped_or_cut_reply_is_a_transport_error(
     assert (await client.get("/health")).status_code == 200
 
 
-async def test_an_error_may_hide_that_the_request_was_applied(server: FakeServer, client: httpx.AsyncClient) -> None:
+async def test_an_error_may_hide_that_the_request_was_applied(server: PrefectApi, client: httpx.AsyncClient) -> None:
     ids = server.schedule(), server.schedule()
     for id, commit in zip(ids, (True, False), strict=True):
         server.fault("POST", "set_state", status=503, commit=commit)
@@ -350,7 +351,7 @@ async def test_an_error_may_hide_that_the_request_was_applied(server: FakeServer
     assert [server.run(id).state.type for id in ids] == ["PENDING", "SCHEDULED"]
 
 
-async def test_a_delay_and_extra_headers_leave_the_true_reply(server: FakeServer, client: httpx.AsyncClient) -> None:
+async def test_a_delay_and_extra_headers_leave_the_true_reply(server: PrefectApi, client: httpx.AsyncClient) -> None:
     server.fault("GET", "/health", delay=0.05, headers={"Prefect-Maintenance": "true"})
     begin = anyio.current_time()
     answer = await client.get("/health")
@@ -358,7 +359,7 @@ async def test_a_delay_and_extra_headers_leave_the_true_reply(server: FakeServer
     assert anyio.current_time() - begin >= 0.05
 
 
-async def test_a_hanging_request_is_not_applied_when_the_client_gives_up(server: FakeServer) -> None:
+async def test_a_hanging_request_is_not_applied_when_the_client_gives_up(server: PrefectApi) -> None:
     id, fault = server.schedule(), server.fault("POST", "set_state", hang=True)
     async with client_of(server, timeout=0.1) as client:
         with pytest.raises(httpx.ReadTimeout):
@@ -370,7 +371,7 @@ async def test_a_hanging_request_is_not_applied_when_the_client_gives_up(server:
     assert server.run(id).state.type == "SCHEDULED"
 
 
-async def test_an_outage_refuses_and_the_same_address_comes_back(server: FakeServer, client: httpx.AsyncClient) -> None:
+async def test_an_outage_refuses_and_the_same_address_comes_back(server: PrefectApi, client: httpx.AsyncClient) -> None:
     held = server.fault("GET", "/ready", hang=True)
     async with anyio.create_task_group() as tasks:
 
@@ -388,7 +389,7 @@ async def test_an_outage_refuses_and_the_same_address_comes_back(server: FakeSer
 
 
 async def test_waiting_is_bounded_and_tells_what_happened_instead(
-    server: FakeServer, client: httpx.AsyncClient
+    server: PrefectApi, client: httpx.AsyncClient
 ) -> None:
     id = server.schedule(name="lazy")
     server.set_state(id, "FAILED", message="because")
@@ -400,7 +401,7 @@ async def test_waiting_is_bounded_and_tells_what_happened_instead(
         await server.wait_request("GET", "/health", count=2, timeout=0.01)
 
 
-async def test_a_wait_wakes_when_the_fact_is_there(server: FakeServer) -> None:
+async def test_a_wait_wakes_when_the_fact_is_there(server: PrefectApi) -> None:
     id = server.schedule()
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(server.wait_state, id, "RUNNING")
@@ -410,11 +411,11 @@ async def test_a_wait_wakes_when_the_fact_is_there(server: FakeServer) -> None:
 
 async def test_a_failed_assert_comes_out_bare_and_a_bug_in_an_answer_comes_out_at_the_end() -> None:
     async def fail() -> None:
-        async with FakeServer.running():
+        async with PrefectApi.running():
             raise AssertionError("bare")
 
     async def meet_a_bug() -> None:
-        async with FakeServer.running() as server, client_of(server) as client:
+        async with PrefectApi.running() as server, client_of(server) as client:
             server.logs = None  # type: ignore[assignment]
             assert (await client.post("/logs", json=[])).status_code == 500
 
