@@ -13,8 +13,14 @@ from procworker.configuration import BaseJobConfiguration
 from procworker.errors import ProcworkerError
 from procworker.outcome import Facts, Reason
 from procworker.server.client import Client
+from procworker.server.http import Http
 from procworker.server.models import FlowRun
 from procworker.testing.api import PrefectApi
+
+
+@pytest.fixture(autouse=True)
+def tries_again_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Http, "first_pause", 0.2)
 
 
 def script_worker(server: PrefectApi, script: Any = None, **options: Any) -> ScriptWorker:
