@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 from collections.abc import Mapping
-from copy import deepcopy
 from datetime import timezone
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -327,11 +327,12 @@ def _server_schema(schema: JSON) -> JSON:
 
 def default_template(configuration: type[BaseJobConfiguration], variables: type[BaseModel] | None) -> JSON:
     """Return the base job template of a worker type (contract 4.1)."""
-    return deepcopy(_default_template(configuration, variables))
+    copy: JSON = json.loads(_default_template(configuration, variables))
+    return copy
 
 
 @lru_cache
-def _default_template(configuration: type[BaseJobConfiguration], variables: type[BaseModel] | None) -> JSON:
+def _default_template(configuration: type[BaseJobConfiguration], variables: type[BaseModel] | None) -> str:
     if variables is None:
         schema = configuration.model_json_schema(ref_template="#/definitions/{model}")
         for entry in schema["properties"].values():
@@ -340,7 +341,7 @@ def _default_template(configuration: type[BaseJobConfiguration], variables: type
         schema = variables.model_json_schema()
     schema = _server_schema(schema)
     schema.pop("title", None)
-    return {"job_configuration": configuration.json_template(), "variables": schema}
+    return json.dumps({"job_configuration": configuration.json_template(), "variables": schema})
 
 
 def with_extra_variables(base_job_template: JSON, own_template: JSON, names: frozenset[str]) -> JSON:

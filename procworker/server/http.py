@@ -12,6 +12,7 @@ from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlencode
 from uuid import uuid4
 
 import anyio
@@ -75,6 +76,8 @@ class Http:
 
     async def __aenter__(self) -> Self:
         self._client = self._connect()
+        self._base = str(self._client.base_url).rstrip("/")
+        self._extensions = {"timeout": self._client.timeout.as_dict()}
         proof = self._client.headers.get("Authorization", "").split()[1:]
         self._secrets = {*self._settings.secrets(), *proof}
         return self
@@ -99,8 +102,7 @@ class Http:
         """
         # A lone surrogate (a file name that is not UTF-8) would make the server refuse everything.
         content = None if json is None else jsonlib.dumps(json, ensure_ascii=False).encode(errors="replace")
-        kind = {} if content is None else {"Content-Type": "application/json"}
-        request = self._client.build_request(method, path, params=params, content=content, headers=kind)
+        request = self._build(method, path, params, content)
         allowed = self._settings.client_max_retries if retries is None else retries
         attempts = used = 0
         while True:
@@ -118,6 +120,16 @@ class Http:
                 level = logging.WARNING if failure.in_maintenance else logging.DEBUG
                 logger.log(level, "%s; trying again in %.0f s", failure.error, pause)
             await anyio.sleep(pause)
+
+    def _build(
+        self, method: str, path: str, params: Mapping[str, str] | None, content: bytes | None = None
+    ) -> httpx.Request:
+        """As the client's own `build_request`, which parses each URL twice: a tenth of what a run costs the worker."""
+        headers = self._client.headers.copy()
+        if content is not None:
+            headers["Content-Type"] = "application/json"
+        url = self._base + path + (f"?{urlencode(params)}" if params else "")
+        return httpx.Request(method, url, headers=headers, content=content, extensions=self._extensions)
 
     def _pause(self, failure: _Passing, attempts: int) -> float:
         """Choose how long to wait: what the server says, if that is sane, or twice as long each time."""
@@ -156,7 +168,7 @@ class Http:
             fresh = self._csrf is not None and self._csrf.expiration > datetime.now(timezone.utc)
             if self._needs_csrf and not fresh:
                 params = {"client": self._csrf_client}
-                answer = await self._exchange(self._client.build_request("GET", "/csrf-token", params=params))
+                answer = await self._exchange(self._build("GET", "/csrf-token", params))
                 self._needs_csrf = answer.status not in (404, 405, 422)
                 if self._needs_csrf:
                     self._csrf = self._read("GET /csrf-token", answer, CsrfToken.model_validate_json)

@@ -322,7 +322,7 @@ def _write(path: Path, data: JSON) -> None:
     new = path / "run.json.new"
     descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with open(descriptor, "w") as file:
-        json.dump(data, file)
+        file.write(json.dumps(data))  # json.dump would do it in Python
     new.replace(path / "run.json")
 
 

@@ -14,7 +14,7 @@ import psutil
 from scripts.benchmarks.figures import Row, Sample, compare
 from scripts.benchmarks.lab import Lab, marked, wait_until
 from scripts.benchmarks.processes import first_processes, memory, tree
-from scripts.benchmarks.runs import COLD, PREFECT, WARM, count, deploy, order, order_at_once, sides
+from scripts.benchmarks.runs import COLD, PREFECT, WARM, count, deploy, job_variables, order, order_at_once, sides
 
 OPTIONS = {
     "children": (500, "sleeping children"),
@@ -72,10 +72,11 @@ def stop(worker: psutil.Popen) -> Sample:
 def sleepers(lab: Lab, kind: str, number: int) -> Sample:
     """Have so many flow runs sleep at once, and look at what they take."""
     with sides(lab, kind, code=SLEEP, name="-flows") as (side,):
-        if kind == WARM:  # as it is with any worker that has been up for a while
-            order(lab, side)
-            wait_until(lambda: count(lab, side, "RUNNING"), "the first run")
-        for _ in range(number - count(lab, side, "RUNNING")):
+        if kind == WARM:  # a worker that has been up for a while has learnt from a run that has ended
+            first = side._replace(order=deploy(lab, side.pool, **job_variables(kind)))
+            order(lab, first)
+            wait_until(lambda: count(lab, first, "COMPLETED"), "the first run")
+        for _ in range(number):
             order(lab, side)
         wait_until(lambda: count(lab, side, "RUNNING") >= number, "the runs", 0.5, LONGEST_SECONDS)
         time.sleep(SETTLE_SECONDS)
