@@ -125,6 +125,15 @@ def test_python_m_is_the_command(tmp_path: Path) -> None:
     assert command.err == ""
 
 
+@pytest.mark.parametrize(("command", "expected"), [("procworker.cli.main(['template'])", False), ("None", True)])
+def test_the_command_of_httpx_is_not_imported_with_ours(command: str, expected: bool) -> None:
+    pytest.importorskip("rich")
+    code = f"import sys, procworker.cli; {command}; import httpx; print('rich' in sys.modules)"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+
+    assert answer.stdout.splitlines()[-1] == str(expected)
+
+
 def test_a_reader_that_has_left_is_no_traceback(tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)

@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"procworker {__version__}")
         return 0
     arguments = build_parser().parse_args(argv)
+    _spare_what_httpx_imports()
     try:
         code: int = arguments.execute(arguments)
         if sys.stdout is not None:  # it is, when it was closed before we started
@@ -58,3 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         PRINTER.drain()
         return exit_code(error)
     return code
+
+
+def _spare_what_httpx_imports() -> None:
+    """Keep httpx from importing a command of its own, with click, rich and pygments where they are installed: 5 MB."""
+    if "httpx" not in sys.modules:
+        sys.modules.setdefault("httpx._main", None)  # type: ignore[arg-type]  # see importlib: "halted; None"
