@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import signal
@@ -28,7 +27,7 @@ TEMPLATE = {
 
 def code_of(*argv: str) -> int:
     """The exit code of the command, run within this process; one that goes on for 30 s is broken off."""
-    # The command sets up logging and a child watcher for its process, which here is that of all tests.
+    # The command sets up logging for its process, which here is that of all tests.
     loggers = [logging.getLogger(name) for name in ("procworker", "prefect")]
     before = [(list(logger.handlers), logger.level, logger.propagate) for logger in loggers]
     signal.signal(signal.SIGALRM, _give_up)
@@ -39,8 +38,6 @@ def code_of(*argv: str) -> int:
         return int(ended.code or 0)
     finally:
         signal.alarm(0)
-        if sys.version_info < (3, 12):
-            asyncio.set_child_watcher(None)  # that of the command has lost its loop, and threads would get it
         for logger, (logger.handlers, level, logger.propagate) in zip(loggers, before, strict=True):
             logger.setLevel(level)
 

@@ -7,8 +7,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -34,11 +34,11 @@ def run_loop(function: Callable[..., Awaitable[T]], *arguments: Any) -> T:
     """
 
     async def run() -> T:
-        _watch_children_by_descriptor()
-        async with anyio.create_task_group() as beside:
-            beside.start_soon(PRINTER.pump)
-            result = await function(*arguments)
-            beside.cancel_scope.cancel()
+        with _children_watched_by_descriptor():
+            async with anyio.create_task_group() as beside:
+                beside.start_soon(PRINTER.pump)
+                result = await function(*arguments)
+                beside.cancel_scope.cancel()
         return result
 
     try:
@@ -49,14 +49,29 @@ def run_loop(function: Callable[..., Awaitable[T]], *arguments: Any) -> T:
         PRINTER.drain()
 
 
-def _watch_children_by_descriptor() -> None:
+@contextmanager
+def _children_watched_by_descriptor() -> Iterator[None]:
     """Have asyncio wait for children without a thread for each, as it does by itself from Python 3.12 on."""
-    if sys.version_info < (3, 12) and hasattr(os, "pidfd_open"):
-        with suppress(OSError):  # an old kernel, or a container without it
-            os.close(os.pidfd_open(os.getpid()))
-            watcher = asyncio.PidfdChildWatcher()
-            watcher.attach_loop(asyncio.get_running_loop())
-            asyncio.set_child_watcher(watcher)
+    if sys.version_info >= (3, 12) or not _has_descriptors_of_processes():
+        yield
+        return
+    watcher = asyncio.PidfdChildWatcher()
+    watcher.attach_loop(asyncio.get_running_loop())
+    asyncio.set_child_watcher(watcher)
+    try:
+        yield
+    finally:
+        asyncio.set_child_watcher(None)  # type: ignore[arg-type]  # the next loop gets the usual one
+
+
+def _has_descriptors_of_processes() -> bool:
+    """Not on an old kernel, nor in a container without them."""
+    if not hasattr(os, "pidfd_open"):
+        return False
+    with suppress(OSError):
+        os.close(os.pidfd_open(os.getpid()))
+        return True
+    return False
 
 
 def say(line: str, stream: str = "stdout") -> None:
