@@ -16,6 +16,7 @@ from pydantic.json_schema import GenerateJsonSchema
 
 from procworker import __version__
 from procworker.errors import ConfigurationError
+from procworker.redaction import secrets_in
 from procworker.server.models import Deployment, Flow, FlowRun, Named, WorkPool
 from procworker.settings import Settings
 from procworker.template import (
@@ -40,8 +41,7 @@ JSON = dict[str, Any]
 class BaseJobConfiguration(BaseModel):
     """What a worker needs to start one flow run; subclasses add fields.
 
-    A field's place in the job template is `{{ <field> }}`, unless `Field(json_schema_extra={"template": ...})` names
-    another.
+    A field's place in the job template is `{{ <field> }}`, or what `Field(json_schema_extra={"template": ...})` says.
     """
 
     command: str | None = Field(
@@ -64,6 +64,7 @@ class BaseJobConfiguration(BaseModel):
 
     _related_objects: dict[str, Any] = PrivateAttr(default_factory=dict)
     _inherited: dict[str, str] | None = PrivateAttr(default=None)
+    _block_secrets: frozenset[str] = PrivateAttr(default=frozenset())
 
     @property
     def is_using_a_runner(self) -> bool:
@@ -90,9 +91,16 @@ class BaseJobConfiguration(BaseModel):
 
         `client` looks up block and variable references. Raises ConfigurationError or pydantic's ValidationError.
         """
-        filled = fill_template(base_job_template, values)
-        filled = await resolve_block_document_references(filled, client)
-        return cls(**await resolve_variables(filled, client))
+        filled, secrets = fill_template(base_job_template, values), set[str]()
+        filled = await resolve_block_document_references(filled, client, secrets)
+        configuration = cls(**await resolve_variables(filled, client))
+        configuration._block_secrets = frozenset(secrets)
+        return configuration
+
+    @property
+    def secrets(self) -> frozenset[str]:
+        """What of it no output may show: values of `env` whose names look secret, and secrets of the blocks in it."""
+        return self._block_secrets | (secrets_in(self.env) if isinstance(self.env, Mapping) else frozenset())
 
     @classmethod
     async def resolve_for_flow_run(

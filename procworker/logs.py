@@ -9,6 +9,8 @@ from collections.abc import Callable, MutableMapping
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
+from procworker.redaction import Mask
+
 if TYPE_CHECKING:
     LoggerAdapter = logging.LoggerAdapter[logging.Logger]
 else:
@@ -35,8 +37,12 @@ def run_context(flow_run_id: object, flow_run_name: str, **known: object) -> dic
 class RunLogger(LoggerAdapter):
     """Log for one flow run; what is logged here is also shipped, whatever the host's logging is set to."""
 
-    def __init__(self, extra: dict[str, Any], ship: Ship | None, ship_level: int) -> None:
+    mask: Mask
+    """Goes over every text before anybody sees it."""
+
+    def __init__(self, extra: dict[str, Any], ship: Ship | None, ship_level: int, mask: Mask | None = None) -> None:
         super().__init__(logging.getLogger(RUN_LOGGER), extra)
+        self.mask = mask or Mask()
         self._ship = ship
         self._ship_level = ship_level
 
@@ -46,21 +52,20 @@ class RunLogger(LoggerAdapter):
         return msg, {**kwargs, "extra": {**own, **(kwargs.get("extra") or {})}}
 
     def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
-        if self._ship is not None and level >= self._ship_level:
-            self._ship(self._record(level, msg, args, kwargs.get("exc_info")))
+        ships = self._ship is not None and level >= self._ship_level
+        if not (ships or self.isEnabledFor(level)):
+            return
+        whole = _text_of(self.logger.name, level, msg, args, kwargs.get("exc_info"))
+        shown = self.mask(whole)
+        if self._ship is not None and ships:
+            self._ship(self._record(level, shown))
+        if shown != whole:
+            msg, args, kwargs["exc_info"] = shown, (), None
         # Python 3.10 also counts the frame of LoggerAdapter.info.
         kwargs["stacklevel"] = kwargs.get("stacklevel", 1) + (1 if sys.version_info >= (3, 11) else 2)
         super().log(level, msg, *args, **kwargs)
 
-    def _record(self, level: int, msg: object, args: tuple[object, ...], exc_info: Any) -> dict[str, Any]:
-        try:
-            message = logging.LogRecord(self.logger.name, level, "", 0, msg, args, None).getMessage()
-        except (TypeError, ValueError, KeyError):  # logging itself complains about it
-            message = str(msg)
-        if isinstance(exc_info, BaseException):
-            message += "\n" + "".join(traceback.format_exception(exc_info)).rstrip()
-        elif exc_info:
-            message += "\n" + traceback.format_exc().rstrip()
+    def _record(self, level: int, message: str) -> dict[str, Any]:
         return {
             "name": self.logger.name,
             "level": level,
@@ -69,3 +74,16 @@ class RunLogger(LoggerAdapter):
             "flow_run_id": str((self.extra or {})["flow_run_id"]),
             "task_run_id": None,
         }
+
+
+def _text_of(name: str, level: int, msg: object, args: tuple[object, ...], exc_info: Any) -> str:
+    """Return the message with its traceback."""
+    try:
+        text = logging.LogRecord(name, level, "", 0, msg, args, None).getMessage()
+    except (TypeError, ValueError, KeyError):  # logging itself complains about it
+        text = str(msg)
+    if isinstance(exc_info, BaseException):
+        text += "\n" + "".join(traceback.format_exception(exc_info)).rstrip()
+    elif exc_info:
+        text += "\n" + traceback.format_exc().rstrip()
+    return text

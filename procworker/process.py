@@ -22,15 +22,16 @@ from procworker.configuration import BaseJobConfiguration, BaseVariables, BaseWo
 from procworker.errors import InfrastructureNotAvailable, InfrastructureNotFound
 from procworker.exits import explain_exit
 from procworker.outcome import ExitUnknown
+from procworker.redaction import mask_of, names_of, secrets_in
 from procworker.run import CANCEL_GRACE_SECONDS
 from procworker.server.models import FlowRun
-from procworker.settings import Settings, secrets_in
+from procworker.settings import Settings
 from procworker.system.child import Child, join_command, parse_command, spawn
 from procworker.system.control import Control, Session
 from procworker.system.deadman import dead_mans_switch
 from procworker.system.interpreter import Interpreter, find_interpreter, inherited, locate
 from procworker.system.journal import Journal, Page
-from procworker.system.output import Follower, Mask, Sink
+from procworker.system.output import Follower, Sink
 from procworker.system.printer import print_line
 from procworker.system.tree import COOKIE, Family, Process, age, describe, find_root, is_touchable
 from procworker.system.warm import Start, Warm
@@ -195,7 +196,7 @@ class ProcessWorker(BaseWorker[ProcessJobConfiguration, ProcessVariables, Proces
         page = self._journal.page(flow_run.id)
         session = self._control.session()
         env = {k: v for k, v in configuration.env.items() if v is not None}
-        secrets = secrets_in(env)
+        secrets = configuration.secrets
         try:
             argv = parse_command(configuration.command or configuration._base_flow_run_command())
             with _working_directory(configuration.working_dir, page) as cwd:
@@ -207,14 +208,15 @@ class ProcessWorker(BaseWorker[ProcessJobConfiguration, ProcessVariables, Proces
                 with anyio.CancelScope(shield=True):
                     try:
                         child = await start(argv, cwd=cwd, env=env, stdout=page.stdout, stderr=page.stderr)
+                        hints = {"secrets": bool(secrets - self._known_secrets), "secret_names": names_of(secrets, env)}
                         del env  # it would be kept as long as the run lives
                     except Exception:
                         # It may have been started all the same: no thread could be had to wait for it.
                         if root := find_root(page.name):
                             await Family(root, page.name).end(0.0)
                         raise
-                    known = {"process": child.identity, "secrets": bool(secrets - self._settings.secrets())}
-                    page.write(phase="running", infrastructure={**_infrastructure(page), **known})
+                    known = {**_infrastructure(page), "process": child.identity, **hints}
+                    page.write(phase="running", infrastructure=known)
                     live = self._live[str(child.pid)] = Live(child, Family(child.identity, page.name), session)
                 return await self._watch(flow_run, configuration, live, page, secrets, task_status)
         finally:
@@ -239,9 +241,10 @@ class ProcessWorker(BaseWorker[ProcessJobConfiguration, ProcessVariables, Proces
             child = Child(root)
             live = self._live[str(root.pid)] = Live(child, Family(root, page.name), Control().session())
             configuration._age = age(root)
-            environ = child.environment()
+            environ, names = child.environment(), known.get("secret_names", [])
             # Who has ended tells nobody what is secret in its output.
-            secrets = None if not environ and known.get("secrets", True) else secrets_in(environ)
+            lost = names is None or (not environ and known.get("secrets", True))
+            secrets = None if lost else secrets_in(environ) | {environ[name] for name in names if name in environ}
             return await self._watch(flow_run, configuration, live, page, secrets, task_status, resume=True)
         finally:
             _remove_work_dir(page)
@@ -258,10 +261,10 @@ class ProcessWorker(BaseWorker[ProcessJobConfiguration, ProcessVariables, Proces
     ) -> ProcessWorkerResult:
         """Follow the output (unless nobody knows its secrets) until the last process has gone; say how it ended."""
         child, family = live.child, live.family
-        mask = Mask(self._settings.secrets() | (secrets or frozenset()))
         shown = configuration.stream_output and secrets is not None
-        sink = partial(self._print, flow_run.name, mask) if shown else None
-        follower = Follower(page, sink, resume=resume, watch=self._output_watch)
+        sink = partial(self._print, flow_run.name) if shown else None
+        mask = mask_of(self._known_secrets | (secrets or frozenset()))
+        follower = Follower(page, sink, resume=resume, watch=self._output_watch, mask=mask)
         try:
             if task_status is not None:
                 task_status.started(child.pid)
@@ -289,7 +292,7 @@ class ProcessWorker(BaseWorker[ProcessJobConfiguration, ProcessVariables, Proces
         remarks = []
         if family.survivors:
             remarks.append(f"Could not be killed: {', '.join(map(describe, family.survivors))}.")
-        tail = [mask(line)[:TAIL_WIDTH] for line in follower.tail if secrets is not None]
+        tail = [line[:TAIL_WIDTH] for line in follower.tail if secrets is not None]
         if code is None:
             raise ExitUnknown(" ".join([UNSEEN, *remarks]), tail)
         explanation = str(explain_exit(code)) if code else ""
@@ -297,8 +300,8 @@ class ProcessWorker(BaseWorker[ProcessJobConfiguration, ProcessVariables, Proces
             identifier=str(child.pid), status_code=code, explanation=explanation, remarks=remarks, tail=tail
         )
 
-    def _print(self, name: str, mask: Mask, stream: str, line: str) -> None:
-        self._sink(stream, f"{name} | {mask(line)}")
+    def _print(self, name: str, stream: str, line: str) -> None:
+        self._sink(stream, f"{name} | {line}")
 
     async def _announce_cancel(self, identifier: str) -> None:
         if live := self._live.get(identifier):

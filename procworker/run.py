@@ -31,6 +31,7 @@ from procworker.logs import RunLogger
 from procworker.loops import patiently
 from procworker.outcome import DeploymentGone, ExitUnknown, Facts, Reason, one_line
 from procworker.record import ForgottenPage, Journal, Page, Record
+from procworker.redaction import mask_of
 from procworker.report import Report
 from procworker.server.client import Client
 from procworker.server.models import Deployment, Flow, FlowRun, State, WorkPool, new_state
@@ -55,6 +56,7 @@ class Host(Protocol):
     _work_pool: WorkPool | None
     _base_job_template: dict[str, Any] | None
     _outbox: Outbox | None
+    _known_secrets: frozenset[str]
 
     @property
     def client(self) -> Client: ...
@@ -99,6 +101,7 @@ class Run:
         self.flow_run = flow_run
         self.id = flow_run.id
         self.log = log
+        self.mask = log.mask
         self.answered_at = answered_at
         self.claim = Claim(flow_run, log, transition_id)
         self.deployment: Deployment | None = None
@@ -149,7 +152,7 @@ class Run:
             reason=self.reason,
             reason_text=self.reason_text,
             result=self.result,
-            failure=one_line(self.error) if self.error else None,
+            failure=self.mask(one_line(self.error)) if self.error else None,
             deployment_gone=isinstance(self.error, DeploymentGone),
             unseen=isinstance(self.error, ExitUnknown),
             tail=getattr(self.error if self.result is None else self.result, "tail", []),
@@ -244,6 +247,7 @@ class Run:
         configuration.prepare(flow_run, self.deployment, self.flow, pool, host.name, host.backend_id)
         configuration._inherited = None
         self.configuration = configuration
+        self.mask = self.log.mask = mask_of(host._known_secrets | configuration.secrets)
 
     async def _execute(self, configuration: BaseJobConfiguration) -> None:
         """Run it to its end, whoever ends it."""

@@ -14,11 +14,11 @@ from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import unquote
 
 from pydantic import BaseModel, BeforeValidator, Field, SecretStr, ValidationError, field_validator
 
 from procworker.errors import ConfigurationError
+from procworker.redaction import secrets_in
 
 Layer = tuple[object, dict[str, str]]
 tomllib: Any = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
@@ -38,7 +38,6 @@ RENAMED = {  # old spelling: the one that Prefect 3 prefers
 }
 HEADERS = "PREFECT_CLIENT_CUSTOM_HEADERS"  # the one setting that is a table in toml
 EXPORTED = re.compile(r"PREFECT_(?!_|PROFILE$|PROFILES_PATH$)")
-SECRET = re.compile(r"SECRET|PASSW|(KEY|TOKEN|AUTH|AUTH_STRING|AUTHORIZATION|CREDENTIALS?|COOKIE)$", re.I)
 STRIPPED = ("PREFECT_API_URL", "PREFECT_API_KEY", "PREFECT_API_AUTH_STRING")  # files of secrets end in a newline
 HTTP_URL = re.compile(r"https?://([^/\s]*@)?(\[[0-9a-f:.]+\]|[^/\s:@\[\]]+)(:\d+)?(/\S*)?", re.I)
 USER_INFO = re.compile(r"[^/@\s]*@")
@@ -256,14 +255,3 @@ def _explained(error: Any, layers: list[Layer]) -> str:
         return f'{name} ({source}): not a JSON object of texts, such as {{"X-Name": "value"}}'
     shown = USER_INFO.sub("***@", str(values[name]))[:80]
     return f"{name} {shown!r} ({source}): {error['msg'].removeprefix('Value error, ')}"
-
-
-def secrets_in(environ: Mapping[str, str | None]) -> frozenset[str]:
-    """List the values whose names look secret, and the passwords in URLs."""
-    found = set()
-    for name, value in environ.items():
-        passwords = [value, *value.split()[-1:]] if value and SECRET.search(name) else []  # "Bearer x", and x
-        passwords += re.findall(r"://[^/\s:@]*:([^/\s]+)@", value or "")
-        found |= {text for password in passwords for text in (password, unquote(password))}
-    # Masking shorter values would punch holes into innocent words.
-    return frozenset(text for text in found if len(text) > 3 and text.lower() not in ("true", "false"))

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from uuid import UUID
 
 from procworker.errors import ApiError, ConfigurationError
+from procworker.redaction import secrets_of_block
 
 logger = logging.getLogger(__name__)
 
@@ -99,8 +100,13 @@ def fill_environment(template: Any, environ: Mapping[str, str]) -> Any:
     return _fill(template, value_of)
 
 
-async def resolve_block_document_references(template: Any, client: Resolver | None = None) -> Any:
-    """Put the data of blocks in place of `prefect.blocks.TYPE.NAME[.PATH]` and of `$ref` dicts."""
+async def resolve_block_document_references(
+    template: Any, client: Resolver | None = None, secrets: set[str] | None = None
+) -> Any:
+    """Put the data of blocks in place of `prefect.blocks.TYPE.NAME[.PATH]` and of `$ref` dicts.
+
+    What of them is secret is added to `secrets`.
+    """
     by_id: dict[str, Any] = {}
     by_name: dict[tuple[str, str], Any] = {}
 
@@ -128,11 +134,16 @@ async def resolve_block_document_references(template: Any, client: Resolver | No
         return _fill(value)
 
     _fill(template, value_of, data_of)  # a first round, to learn what has to be read
+    documents = []
     for id in by_id:
-        by_id[id] = (await _read(f"block {id}", client.read_block_document(id) if client else None)).data
+        documents.append(document := await _read(f"block {id}", client.read_block_document(id) if client else None))
+        by_id[id] = document.data
     for slug, name in by_name:
         answer = client.read_block_document_by_name(name=name, block_type_slug=slug) if client else None
-        by_name[slug, name] = (await _read(f"block {slug}/{name}", answer)).data
+        documents.append(document := await _read(f"block {slug}/{name}", answer))
+        by_name[slug, name] = document.data
+    if secrets is not None:
+        secrets.update(*map(secrets_of_block, documents))
     return _fill(template, value_of, data_of)
 
 

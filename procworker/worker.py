@@ -6,7 +6,6 @@ import abc
 import builtins
 import logging
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -22,12 +21,14 @@ from procworker.cancels import CancelWatch
 from procworker.configuration import C, R, V
 from procworker.errors import ConfigurationError, ObjectNotFound, Unreachable, single
 from procworker.health import health_server
+from procworker.idleness import Idleness
 from procworker.intake import IDLE_POLL_SECONDS, Intake
 from procworker.logs import RunLogger, run_context
 from procworker.loops import Loop, Moved
 from procworker.outcome import ExitUnknown, Reason, one_line
 from procworker.pool import check_type, fill_empty_template, read_or_create
 from procworker.record import Journal, NoJournal, Page
+from procworker.redaction import mask_of
 from procworker.registry import WorkerType
 from procworker.run import CANCEL_GRACE_SECONDS, Run, resumed
 from procworker.server import events
@@ -38,6 +39,7 @@ from procworker.settings import Settings
 from procworker.shift import LAST_REPORT_SECONDS, Shift
 from procworker.sources import Sources
 from procworker.submission import FlowRunFuture, create_adhoc_run, entrypoint_of
+from procworker.vitals import Vitals
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -45,8 +47,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 LAST_WORDS_SECONDS = 5.0
-HEALTH_INTERVALS = 30
-"""A worker counts as polling while its last poll is at most this many intervals old (as in Prefect)."""
 
 
 class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
@@ -89,6 +89,7 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
         if limit is not None and limit < 1:
             raise ConfigurationError(f"the limit must be at least 1, not {limit}: leave it out for no limit")
         self._settings = settings or Settings.load()
+        self._known_secrets = self._settings.secrets()
         self.name = name or f"{type(self).__name__} {uuid4()}"
         self.limit = limit
         self.heartbeat_interval_seconds = heartbeat_interval_seconds or self._settings.worker_heartbeat_seconds
@@ -112,14 +113,15 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
         self._outbox: Outbox | None = None
         self._tasks: TaskGroup | None = None
         self._stack = AsyncExitStack()
-        self._last_polled = time.monotonic()
         self._taken, self._sources = set[UUID](), Sources()
         self._moved = Moved()
         self._started_event: dict[str, Any] | None = None
         self._journal: Journal = journal or NoJournal()
         self._orphans = orphans
+        self._idleness = Idleness(self._logger)
         self._intake = Intake(self.runs, limit, self._settings.worker_query_seconds)
         self._poll_loop = Loop("Polling", self.get_and_submit_flow_runs, self._intake.poll_seconds)
+        self._vitals = Vitals(self._poll_loop, lambda: self._work_pool, self._maintenance_ends_at)
         heartbeat = Loop("The heartbeat", self.sync_with_backend, lambda: self.heartbeat_interval_seconds)
         self._cancels = CancelWatch(self.check_for_cancelled_flow_runs, self.runs, self._moved)
         self._shift = Shift(self._poll_loop, [heartbeat], self.runs, self._moved)
@@ -160,7 +162,8 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
         worker = {"worker_name": self.name, "work_pool_name": self._work_pool_name, "work_pool_id": pool_id}
         extra = run_context(flow_run.id, flow_run.name, worker_id=self.backend_id, **worker)
         ship = self._outbox.log if self._outbox and self._settings.logging_to_api_enabled else None
-        return RunLogger(extra, ship, logging.getLevelName(self._settings.logging_level))
+        level = logging.getLevelName(self._settings.logging_level)
+        return RunLogger(extra, ship, level, mask_of(self._known_secrets))
 
     # What a subclass says
 
@@ -266,7 +269,8 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
         """Work until `stop` is called. With run_once: take what is due now, finish it, and return."""
         async with AsyncExitStack() as stack:
             if with_healthcheck:
-                checks = {"/health": self._why_not_alive, "/ready": self._why_not_ready}
+                interval = self._settings.worker_query_seconds or IDLE_POLL_SECONDS
+                checks = self._vitals.checks(lambda: self.is_worker_still_polling(interval))
                 host, port = self._settings.worker_webserver_host, self._settings.worker_webserver_port
                 port = await stack.enter_async_context(health_server(host, port, checks))
                 printer(f"Health server: http://{host}:{port}/health")
@@ -308,51 +312,39 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
         interval, wants_id = self.heartbeat_interval_seconds, self.backend_id is None
         worker_id = await client.send_worker_heartbeat(pool.name, self.name, interval, wants_id, retries=0)
         self.backend_id = worker_id or self.backend_id
+        await self._idleness.look(client, pool, self._work_queues, bool(self.runs))
 
     def is_worker_still_polling(self, query_interval_seconds: float) -> bool:
         """Was the last poll at most 30 intervals (seconds) ago? The server's announced maintenance does not count."""
-        window = query_interval_seconds * HEALTH_INTERVALS
-        back_at = self._client.http.maintenance_ends_at if self._client else None
-        if back_at is not None and anyio.current_time() <= back_at + window:
-            return True
-        if time.monotonic() - self._last_polled <= window:
-            return True
-        self._logger.error("The worker has not polled for more than %.0f seconds", window)
-        return False
+        if not (polls := self._vitals.is_polling(query_interval_seconds)):
+            self._logger.error("The worker has not polled for more than 30 times %g s", query_interval_seconds)
+        return polls
 
-    def _why_not_alive(self) -> str | None:
-        interval = self._settings.worker_query_seconds or IDLE_POLL_SECONDS
-        return None if self.is_worker_still_polling(interval) else "Worker may be unresponsive at this time"
-
-    def _why_not_ready(self) -> str | None:
-        if self._work_pool is None:
-            return "The work pool has not been read yet"
-        if self._work_pool.is_paused:
-            return f"Work pool {self._work_pool.name!r} is paused"
-        if self._poll_loop.failures or self._poll_loop.last_success is None:
-            return f"{self._poll_loop.failures} failed polls in a row"
-        return None
+    def _maintenance_ends_at(self) -> float | None:
+        return self._client.http.maintenance_ends_at if self._client else None
 
     # Poll and admit
 
     async def get_and_submit_flow_runs(self) -> list[FlowRun]:
         """Poll once and start as many due flow runs as there is room for; return those that are starting."""
         client, intake = self.client, self._intake
-        self._last_polled = time.monotonic()
+        self._vitals.polls()
         if self._work_pool_name is None or self._work_pool is None:
             return []  # not synced yet
         if intake.room():
             horizon = datetime.now(timezone.utc) + timedelta(seconds=int(self._prefetch_seconds))
+            began, refusal = anyio.current_time(), None
             try:
                 rows = await client.get_scheduled_flow_runs_for_work_pool(
                     self._work_pool_name, sorted(self._work_queues), horizon, intake.wanted(), retries=0
                 )
             except ObjectNotFound as error:
-                self._logger.warning("Nothing to poll, the pool or a queue does not exist: %s", error)
-                rows = []
+                refusal, rows = f"the pool or a queue does not exist: {error}", []
+            self._idleness.polled(anyio.current_time() - began, client.http.clock_offset, refusal)
             self._sources, answered_at = self._sources.renewed(), anyio.current_time()
             for flow_run in intake.choose([row.flow_run for row in rows]):
                 self._admit(Run(self, flow_run, self.get_flow_run_logger(flow_run), self._sources, answered_at))
+        self._idleness.filled(self.limit, len(self.runs), intake.more_due)
         return [run.flow_run for run in self.runs.values() if run.starting]
 
     def _resume(self, pages: Sequence[Page]) -> None:

@@ -32,7 +32,7 @@ MODULES = {
 }
 
 LAYERS = [
-    {"errors"},
+    {"errors", "redaction"},
     {"settings", "template", "loops", "logs", "health", "exits"},
     {"server", "system"},
     {"configuration"},
@@ -40,7 +40,7 @@ LAYERS = [
     {"record", "report", "sources"},
     {"claim"},
     {"run"},
-    {"cancels", "intake", "shift"},
+    {"cancels", "idleness", "intake", "shift", "vitals"},
     {"worker"},
     {"process", "local"},
     {"cli", "testing"},
@@ -50,7 +50,7 @@ LAYERS = [
 
 NO_PROCESSES = {
     *("configuration", "outcome", "pool", "registry", "submission", "record", "report", "sources", "claim", "run"),
-    *("cancels", "intake", "shift", "worker"),
+    *("cancels", "idleness", "intake", "shift", "vitals", "worker"),
 }
 """Parts that could import system/ by their place, but must not know that processes exist."""
 
@@ -63,7 +63,7 @@ PLUGIN = "procworker.testing.plugin"
 """The one module that may know pytest, for it is pytest that imports it."""
 
 LONGEST = 400
-LONGER = {"worker.py": 474}
+LONGER = {"worker.py": 468}
 """Files that are still too long, with the lines they have now: a number may fall, and no name may be added."""
 
 

@@ -209,7 +209,7 @@ async def test_logging_to_the_api_can_be_switched_off(server: PrefectApi) -> Non
 async def test_nuls_secrets_and_what_is_no_unicode_do_not_reach_the_server(server: PrefectApi) -> None:
     async with outbox_to(server, api_key="pnu_hush") as outbox:
         outbox.log(record("a\0b pnu_hush caf\udce9"))
-    assert messages(server) == ["ab ******** caf?"]
+    assert messages(server) == ["ab *** caf?"]
 
 
 @pytest.mark.parametrize("text", ["x" * 5000, "é" * 5000, "\n" * 5000, "x" * 100 + "☃" * 5000, "x", "x" * 880])

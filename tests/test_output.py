@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from procworker.system import output as module
-from procworker.system.output import PATIENCE_SECONDS, TAIL_LINES, Follower, Mask, Sink
+from procworker.system.output import PATIENCE_SECONDS, TAIL_LINES, Follower, Sink
 from procworker.system.spool import CHUNK, LINE_LIMIT, Spool
 
 
@@ -405,35 +405,3 @@ async def test_but_not_for_ever(directory: Files, monkeypatch: pytest.MonkeyPatc
         done.set()
     assert len(reader.lines) < 1000
     assert output.follower.tail[-1] == "999"
-
-
-# Secrets
-
-
-def test_secrets_are_masked_longest_first() -> None:
-    mask = Mask(["secret", "secret-and-more", "and-more"])
-    assert mask("secret-and-more, secret, and-more") == "***, ***, ***"
-
-
-def test_short_values_are_left_alone() -> None:
-    assert Mask(["", "12345", "a", "\n"])("12345 a\n") == "12345 a\n"
-    assert Mask(["123456"])("123456") == "***"
-    assert Mask([])("anything") == "anything"
-
-
-def test_secrets_are_no_patterns() -> None:
-    assert Mask([r"a.c(d|e)[f]*\1$^"])(r"say a.c(d|e)[f]*\1$^ but axcd") == "say *** but axcd"
-
-
-def test_a_secret_of_several_lines_is_masked_line_by_line() -> None:
-    key = "-----BEGIN KEY-----\n  MIIEvQIBADANBgk\nabc\n-----END KEY-----\n"
-    mask = Mask([key])
-    assert [mask(line) for line in key.splitlines()] == ["***", "  ***", "abc", "***"]
-
-
-@settings(deadline=None)
-@given(st.lists(st.text(st.characters(codec="ascii", categories=["L", "N", "P"]), min_size=6)), st.text(), st.text())
-def test_no_masked_text_holds_a_secret(secrets: list[str], before: str, after: str) -> None:
-    mask = Mask(secrets)
-    for secret in secrets:
-        assert secret.replace("*", "") == "" or secret not in mask(f"{before} {secret} {after}").replace("***", "")

@@ -542,7 +542,7 @@ def test_prefetching_follows_the_settings_unless_it_is_given() -> None:
 @pytest.mark.parametrize(("interval", "idle", "polling"), [(10, 299, True), (10, 301, False), (60, 1799, True)])
 def test_a_worker_counts_as_polling_for_thirty_intervals(interval: float, idle: float, polling: bool) -> None:
     worker = ScriptWorker("pool", settings=Settings.load({}))
-    worker._last_polled -= idle
+    worker._vitals.polled_at -= idle
 
     assert worker.is_worker_still_polling(query_interval_seconds=interval) is polling
 
@@ -550,14 +550,14 @@ def test_a_worker_counts_as_polling_for_thirty_intervals(interval: float, idle: 
 def test_a_worker_that_stood_still_for_a_day_is_not_polling() -> None:
     """Also when the seconds beyond the whole days are few."""
     worker = ScriptWorker("pool", settings=Settings.load({}))
-    worker._last_polled -= 86400 + 30
+    worker._vitals.polled_at -= 86400 + 30
 
     assert not worker.is_worker_still_polling(query_interval_seconds=10)
 
 
 async def test_every_poll_counts_also_one_that_finds_nothing(server: PrefectApi) -> None:
     async with make(server) as worker:
-        worker._last_polled -= 3600
+        worker._vitals.polled_at -= 3600
         assert not worker.is_worker_still_polling(10)
         await worker.get_and_submit_flow_runs()
         assert worker.is_worker_still_polling(10)

@@ -13,7 +13,8 @@ import pytest
 from pydantic import ValidationError
 
 from procworker.errors import ConfigurationError
-from procworker.settings import Settings, default_state_home, secrets_in
+from procworker.redaction import secrets_in
+from procworker.settings import Settings, default_state_home
 
 CLOUD = "https://api.prefect.cloud/api/accounts/1/workspaces/2"
 Load = Callable[..., Settings]

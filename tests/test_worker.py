@@ -341,7 +341,7 @@ async def test_health_and_readiness_are_told_apart(server: PrefectApi) -> None:
             await worker.sync_with_backend()
             ready = await client.get("/ready")
             assert (ready.status_code, ready.json()["message"]) == (503, "Work pool 'pool' is paused")
-            worker._last_polled -= 3600
+            worker._vitals.polled_at -= 3600
             worker._poll_loop._interval = lambda: 1000
         worker.stop()
 
@@ -358,7 +358,7 @@ async def test_still_polling_means_within_thirty_intervals(server: PrefectApi) -
     worker = make(server)
     assert worker.is_worker_still_polling(10)
 
-    worker._last_polled -= 301
+    worker._vitals.polled_at -= 301
 
     assert not worker.is_worker_still_polling(10)
     assert worker.is_worker_still_polling(11)

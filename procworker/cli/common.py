@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import anyio
 
 from procworker.errors import ConfigurationError, Unreachable
+from procworker.redaction import SHORTEST_CREDENTIAL, Mask
 from procworker.server.client import Client
 from procworker.settings import Settings
 from procworker.system.printer import PRINTER, LogStream
@@ -79,14 +80,27 @@ def say(line: str, stream: str = "stdout") -> None:
     PRINTER.say(line + "\n", stream)
 
 
-def set_up_logging(level: str) -> None:
+class _MaskingFormatter(logging.Formatter):
+    """Shows none of the secrets that our settings hold, whatever was logged."""
+
+    def __init__(self, mask: Mask, *args: Any) -> None:
+        super().__init__(*args)
+        self._mask = mask
+
+    def format(self, record: logging.LogRecord) -> str:
+        return self._mask(super().format(record))
+
+
+def set_up_logging(settings: Settings, level: str | None = None) -> None:
     """Log our own lines to stderr in Prefect's form; other libraries keep what they had."""
+    level, mask = level or settings.logging_level, Mask(settings.secrets(), SHORTEST_CREDENTIAL)
     handler = logging.StreamHandler(LogStream(PRINTER))
     form = "%(asctime)s.%(msecs)03d | %(levelname)-7s | %(name)s - %(message)s"
-    handler.setFormatter(logging.Formatter(form, "%H:%M:%S"))
+    handler.setFormatter(_MaskingFormatter(mask, form, "%H:%M:%S"))
     # What libraries without a handler of their own warn of must not wait for a reader either.
     logging.lastResort = logging.StreamHandler(LogStream(PRINTER))
     logging.lastResort.setLevel("WARNING")
+    logging.lastResort.setFormatter(_MaskingFormatter(mask))
     for name in ("procworker", "prefect"):
         logger = logging.getLogger(name)
         logger.addHandler(handler)

@@ -15,7 +15,6 @@ from xml.etree import ElementTree
 from procworker.cli.errors import sentence
 from procworker.errors import ConfigurationError, single
 from procworker.run import Run
-from procworker.system.output import Mask
 
 COLOURS = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -36,18 +35,18 @@ class Case:
         self._began = time.monotonic()
         self._at = datetime.now(timezone.utc)
 
-    def ended(self, run: Run, mask: Mask, seconds: float) -> None:
-        """Take down how a run ended; what the mask knows does not stand in the report."""
+    def ended(self, run: Run, seconds: float) -> None:
+        """Take down how a run ended."""
         self.seconds = seconds
         self.properties = {"flow_run_id": str(run.id), "flow_run_name": run.flow_run.name}
         state, tail = run.final_state, "\n".join(run.facts.tail)
         remarks = " ".join(run.result.remarks) if run.result else ""
         if state is None:
             refusal = run.claim.refusal or "How it ended could not be found out."
-            self.problem = "error", "Unknown", mask(refusal), tail
+            self.problem = "error", "Unknown", run.mask(refusal), tail
         elif state.type != "COMPLETED":
             kind = "failure" if state.type == "FAILED" else "error"
-            self.problem = kind, state.name or state.type, mask(state.message or ""), tail
+            self.problem = kind, state.name or state.type, run.mask(state.message or ""), tail
         else:  # well, unless a process of it is still there
             self.problem = ("error", "Unkilled", remarks, tail) if remarks else None
 

@@ -65,7 +65,7 @@ def execute(arguments: argparse.Namespace) -> int:
     from procworker.settings import Settings
 
     settings = Settings.load(profile=arguments.profile)
-    set_up_logging("WARNING" if settings.logging_level == "INFO" else settings.logging_level)
+    set_up_logging(settings, "WARNING" if settings.logging_level == "INFO" else None)
     with reported(arguments.junit, arguments.target) as case:
         return run_loop(_run, settings, arguments, case)
 
@@ -82,10 +82,8 @@ async def _run(settings: Settings, arguments: argparse.Namespace, case: Case) ->
     from procworker.cli.errors import FAILED, UNKILLED
     from procworker.cli.receipt import children_cpu_seconds, receipt
     from procworker.process import ProcessWorker
-    from procworker.settings import secrets_in
     from procworker.submission import entrypoint_of
     from procworker.system.interpreter import find_interpreter
-    from procworker.system.output import Mask
     from procworker.system.subreaper import subreaper
     from procworker.template import fill_environment
 
@@ -125,8 +123,7 @@ async def _run(settings: Settings, arguments: argparse.Namespace, case: Case) ->
             await future.wait_async()
             seconds = time.monotonic() - began
             say(receipt(run, seconds, children_cpu_seconds() - cpu))
-            secrets = secrets_in(run.configuration.env if run.configuration else {})
-            case.ended(run, Mask(settings.secrets() | secrets), seconds)
+            case.ended(run, seconds)
             code = 0 if run.final_state is not None and run.final_state.type == "COMPLETED" else FAILED
     if worker is not None and worker.unkilled:
         return UNKILLED

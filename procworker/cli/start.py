@@ -83,7 +83,7 @@ def execute(arguments: argparse.Namespace) -> int:
     if early is not None and not 0 <= early <= LONGEST_PREFETCH:
         raise ConfigurationError(f"--prefetch-seconds must be between 0 and {LONGEST_PREFETCH}, not {early:g}")
     settings = Settings.load(profile=arguments.profile)
-    set_up_logging(settings.logging_level)
+    set_up_logging(settings)
     return run_loop(_start, settings, arguments)
 
 

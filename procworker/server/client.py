@@ -161,6 +161,16 @@ class Client:
             found += await self._read(list[models.FlowRun], "POST", "/flow_runs/filter", json=body, **options)
         return found
 
+    async def read_late_flow_runs(self, work_pool_name: str, **options: Unpack[Options]) -> list[models.FlowRun]:
+        """List up to 200 flow runs of a pool that nobody has started in time."""
+        filters = {
+            "flow_runs": {"state": {"name": {"any_": ["Late"]}}},
+            "work_pools": {"name": {"any_": [work_pool_name]}},
+        }
+        return await self._read(
+            list[models.FlowRun], "POST", "/flow_runs/filter", json={**filters, "limit": PAGE}, **options
+        )
+
     async def read_flow_run_states(self, flow_run_id: UUID, **options: Unpack[Options]) -> list[models.State]:
         """List the states that a run went through, oldest first."""
         params = {"flow_run_id": str(flow_run_id)}

@@ -17,6 +17,7 @@ import httpx
 
 from procworker import __version__
 from procworker.errors import ConfigurationError
+from procworker.redaction import SHORTEST_CREDENTIAL, Mask
 from procworker.settings import Settings
 
 BODY_LIMIT = 64 * 1024 * 1024
@@ -67,7 +68,7 @@ def connect(
             transport=transport,
         )
     except (httpx.InvalidURL, ValueError, ImportError) as error:  # also a malformed or SOCKS proxy
-        text = mask(str(error), settings.secrets())
+        text = Mask(settings.secrets(), SHORTEST_CREDENTIAL)(str(error))
         raise ConfigurationError(f"PREFECT_API_URL or a proxy variable cannot be used: {text}") from error
 
 
@@ -100,13 +101,6 @@ async def _body(response: httpx.Response) -> bytes:
         else:
             return bytes(body)
     raise OverflowError("the body is larger than 64 MiB")
-
-
-def mask(text: str, secrets: Iterable[str]) -> str:
-    """Put stars in the place of every secret."""
-    for secret in sorted(secrets, key=len, reverse=True):
-        text = text.replace(secret, "********")
-    return text
 
 
 def _headers(settings: Settings, given: Mapping[str, str]) -> dict[str, str]:

@@ -20,7 +20,8 @@ import httpx
 from pydantic import AwareDatetime, ValidationError
 
 from procworker.errors import ApiError, ObjectNotFound, Rejected, Unauthorized, Unreachable
-from procworker.server.connection import Answer, connect, exchange, mask
+from procworker.redaction import SHORTEST_CREDENTIAL, Mask
+from procworker.server.connection import Answer, connect, exchange
 from procworker.server.models import Shape
 from procworker.settings import Settings
 
@@ -68,6 +69,7 @@ class Http:
         self._settings = settings
         self._connect = partial(connect, settings, transport, headers)
         self._answered = False
+        self._dated: tuple[str | None, float] = None, 0.0
         self._may_need_csrf = settings.client_csrf_support_enabled and not settings.is_cloud
         self._needs_csrf = self._may_need_csrf
         self._csrf: CsrfToken | None = None
@@ -79,11 +81,20 @@ class Http:
         self._base = str(self._client.base_url).rstrip("/")
         self._extensions = {"timeout": self._client.timeout.as_dict()}
         proof = self._client.headers.get("Authorization", "").split()[1:]
-        self._secrets = {*self._settings.secrets(), *proof}
+        self._mask = Mask({*self._settings.secrets(), *proof}, SHORTEST_CREDENTIAL)
         return self
 
     async def __aexit__(self, *error: object) -> None:
         await self._client.aclose()
+
+    @property
+    def clock_offset(self) -> float | None:
+        """Seconds by which the server's clock was ahead of ours at its last answer; None where it does not tell."""
+        text, at = self._dated
+        try:
+            return parsedate_to_datetime(text).timestamp() - at if text else None
+        except ValueError:
+            return None
 
     async def request(
         self,
@@ -179,6 +190,7 @@ class Http:
     async def _exchange(self, request: httpx.Request) -> Answer:
         answer = await exchange(self._client, request, strip=self._settings.client_custom_headers)
         self._answered = True
+        self._dated = answer.headers.get("Date"), time.time()
         return answer
 
     def _silence(self, route: str, error: Exception) -> Exception:
@@ -211,7 +223,7 @@ class Http:
 
     def _line(self, text: str) -> str:
         """Make one printable line without secrets."""
-        return " ".join("".join(c if c.isprintable() else " " for c in mask(text, self._secrets)).split())
+        return " ".join("".join(c if c.isprintable() else " " for c in self._mask(text)).split())
 
 
 def _kind(answer: Answer) -> type[ApiError]:

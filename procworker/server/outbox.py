@@ -14,8 +14,8 @@ from uuid import UUID
 import anyio
 
 from procworker.errors import Unauthorized, Unreachable
+from procworker.redaction import SHORTEST_CREDENTIAL, Mask
 from procworker.server.client import Client
-from procworker.server.connection import mask
 from procworker.settings import Settings
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Outbox:
     def __init__(self, client: Client, settings: Settings) -> None:
         self._client = client
         self._settings = settings
-        self._secrets = settings.secrets()
+        self._mask = Mask(settings.secrets(), SHORTEST_CREDENTIAL)
         self._wait = max(settings.logging_to_api_batch_interval, SHORTEST_WAIT)
         self._largest = settings.logging_to_api_max_log_size
         if settings.is_cloud:
@@ -87,7 +87,7 @@ class Outbox:
         if not (self._settings.is_cloud and record.get("worker_id")):
             record = {name: value for name, value in record.items() if name != "worker_id"}
         if self._settings.logging_to_api_enabled and (record.get("flow_run_id") or "worker_id" in record):
-            message = mask(str(record["message"]), self._secrets).replace("\0", "")
+            message = self._mask(str(record["message"])).replace("\0", "")
             record = _fitted({**record, "message": message}, self._largest)
             self._logs.add([(record, _size(record))])
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import anyio
 import anyio.lowlevel
 
+from procworker.redaction import Mask
 from procworker.system.printer import PRINTER
 from procworker.system.spool import CAP, Spool
 from procworker.system.watch import POLL_SECONDS, Watch
@@ -45,21 +45,6 @@ class Outputs(Protocol):
     def stderr(self) -> Path: ...
 
 
-class Mask:
-    """Replace known secrets in a line by asterisks, those of several lines line by line.
-
-    Values under six characters are left alone.
-    """
-
-    def __init__(self, secrets: Iterable[str]) -> None:
-        lines = {line.strip() for secret in secrets for line in secret.splitlines()}
-        known = sorted((line for line in lines if len(line) >= 6), key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, known))) if known else None
-
-    def __call__(self, text: str) -> str:
-        return self._pattern.sub("***", text) if self._pattern else text
-
-
 class _Stream:
     """A spool, and what was read from it but not handed over yet."""
 
@@ -72,7 +57,8 @@ class Follower:
     """Hand every line of a run's two files to a sink, in order per stream, and keep the last ones in `tail`.
 
     Each file is kept within `cap` bytes on disk (None: no cap); `cap` and `punch` are Spool's. With `resume`, what is
-    there already is not handed over again: only the tail knows it. A `watch` tells of what is written.
+    there already is not handed over again: only the tail knows it. A `watch` tells of what is written. The `mask` goes
+    over every line, also over those that are parted because they are too long.
     """
 
     def __init__(
@@ -84,9 +70,12 @@ class Follower:
         cap: int | None = CAP,
         punch: bool = True,
         watch: Watch | None = None,
+        mask: Mask | None = None,
     ) -> None:
         paths = {"stdout": directory.stdout, "stderr": directory.stderr}
-        self._streams = [_Stream(Spool(name, path, cap, punch=punch)) for name, path in paths.items()]
+        self._mask = mask or Mask()
+        spools = [Spool(name, path, cap, punch=punch, mask=self._mask) for name, path in paths.items()]
+        self._streams = [_Stream(spool) for spool in spools]
         self._sink = sink
         self._watch = watch or Watch()
         self._resume = resume
@@ -95,7 +84,7 @@ class Follower:
         self._looked, self._sizes = 0.0, [0, 0]
         self._taken = self._ended_at = 0.0
         self._ended = anyio.Event()
-        self.tail: deque[str] = deque(maxlen=TAIL_LINES)
+        self._tail: deque[str] = deque(maxlen=TAIL_LINES)
 
     def end(self) -> None:
         """The run has ended: read what is there, but nothing that a process allowed to stay writes later."""
@@ -104,6 +93,11 @@ class Follower:
         self._ended_at = time.monotonic()
         self._ended.set()
         self._watch.wake(self)
+
+    @property
+    def tail(self) -> list[str]:
+        """The last lines."""
+        return [self._mask(line) for line in self._tail]
 
     @property
     def paths(self) -> Sequence[Path]:
@@ -119,7 +113,7 @@ class Follower:
         """
         if self._resume:
             for stream in self._streams:
-                self.tail.extend(stream.spool.prime())
+                self._tail.extend(stream.spool.prime())
         while True:
             ended = self._ended.is_set()
             turns = [self._turn(stream) for stream in self._streams]
@@ -166,13 +160,13 @@ class Follower:
             while stream.lines and now < stop:
                 if self._sink is not None:
                     try:
-                        self._sink(stream.spool.name, stream.lines[0])
+                        self._sink(stream.spool.name, self._mask(stream.lines[0]))
                     except BlockingIOError:
                         return True
                     except (OSError, ValueError):
                         # Nobody reads any more (a closed pipe): the run goes on, and its last lines are kept.
                         pass
-                self.tail.append(stream.lines.popleft())
+                self._tail.append(stream.lines.popleft())
                 self._taken = now = time.monotonic()
                 self._retry = RETRY_SECONDS
         return False

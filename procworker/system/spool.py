@@ -12,6 +12,8 @@ from functools import cache
 from io import FileIO
 from pathlib import Path
 
+from procworker.redaction import Mask
+
 CAP = 64 * 1024 * 1024
 """Bytes that one stream may take on disk."""
 CHUNK = 64 * 1024
@@ -33,13 +35,18 @@ class Spool:
 
     A writer may truncate the file (`echo x > /dev/stdout`). It is read anew from its start then, unless it is no
     shorter and begins as before; what nobody had read yet is lost.
+
+    No secret that the `mask` knows is parted where a line is.
     """
 
-    def __init__(self, name: str, path: Path, cap: int | None = CAP, *, punch: bool = True) -> None:
+    def __init__(
+        self, name: str, path: Path, cap: int | None = CAP, *, punch: bool = True, mask: Mask | None = None
+    ) -> None:
         self.name = name
         self.path = path
         self._cap = sys.maxsize if cap is None else cap
         self._punch = punch
+        self._mask = mask or Mask()
         self._size = 0
         self._offset = 0  # of what is read next
         self._freed = 0  # nothing before it takes space
@@ -69,8 +76,9 @@ class Spool:
         except OSError:
             return []
         self._size = self._offset = start + len(data)
-        if start and (first := _LINE_END.search(data)):
-            data = data[first.end() :]
+        if start:
+            first = _LINE_END.search(data)
+            data = data[first.end() if first else self._mask.seam(data, self._mask.longest)[1] :]
         return [_text(line) for line in self._split(data)]
 
     def read(self) -> tuple[list[str], bool]:
@@ -216,12 +224,13 @@ class Spool:
                     break
         self._size = self._offset
 
-    @staticmethod
-    def _line_start(file: FileIO, offset: int) -> int:
-        """The first start of a line from offset on; offset itself where a line is longer than any may be."""
-        file.seek(offset - 1)
-        found = _LINE_END.search(file.read(LINE_LIMIT))
-        return offset - 1 + found.end() if found else offset
+    def _line_start(self, file: FileIO, offset: int) -> int:
+        """The first start of a line from offset on; about offset itself where a line is longer than any may be."""
+        start = file.seek(max(0, offset - 1 - self._mask.longest))
+        data = file.read(LINE_LIMIT + self._mask.longest)
+        if found := _LINE_END.search(data, offset - 1 - start):
+            return start + found.end()
+        return start + self._mask.seam(data, offset - start)[1]
 
     def _drop(self, start: int) -> None:
         self._dropped += len(self._rest) + start - self._offset
@@ -242,8 +251,9 @@ class Spool:
             data = data.removesuffix(b"\r").replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         *lines, self._rest = data.split(b"\n")
         self._rest += last
-        while len(self._rest) > LINE_LIMIT:
-            cut = _character_start(self._rest, LINE_LIMIT)
+        while len(self._rest) > LINE_LIMIT + self._mask.longest:
+            before, behind = self._mask.seam(self._rest, _character_start(self._rest, LINE_LIMIT))
+            cut = before or behind
             lines.append(self._rest[:cut])
             self._rest = self._rest[cut:]
         return lines
