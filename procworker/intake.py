@@ -23,6 +23,10 @@ class Intake:
         """Did the last poll show more than there was room for?"""
         self.active_at = float("-inf")
         self.limiter: anyio.CapacityLimiter | None = None
+        self.most: int | None = None
+        """How many may be taken at all."""
+        self.ended = 0
+        """How many were."""
         self._runs = runs
         self._limit = limit
         self._query_seconds = query_seconds
@@ -38,7 +42,8 @@ class Intake:
     def room(self) -> int:
         """How many runs may be taken now."""
         room = (os.cpu_count() or 1) - sum(run.starting for run in self._runs.values())
-        return max(0, room if self._limit is None else min(room, self._limit - len(self._runs)))
+        limits = [limit for limit in (self._limit, self.most and self.most - self.ended) if limit is not None]
+        return max(0, min([room, *(limit - len(self._runs) for limit in limits)]))
 
     def wanted(self) -> int:
         """How many rows a poll has to ask for, so that it shows whether there are more."""

@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
 import anyio
 from anyio.abc import TaskGroup
 
-from procworker.errors import Unreachable
+from procworker.errors import ApiError, Unreachable
+from procworker.intake import Intake
 from procworker.loops import Loop, Moved
 from procworker.outcome import Reason
 from procworker.run import STOP_GRACE_SECONDS, Run
 
 DRAIN_SECONDS, LAST_REPORT_SECONDS = 10.0, 10.0
 RETRY_SECONDS = 1.0
+SILENCE_SECONDS = 30.0
+"""How long a server that answers no more is asked on, when nothing runs."""
+
+
+@dataclass(frozen=True)
+class Drain:
+    """When a worker that ends by itself has done enough: when nothing is due and nothing runs any more, or later.
+
+    `wait_seconds` is how long it waits for its first run, `idle_seconds` how long for another one after its last,
+    `most` how many it takes.
+    """
+
+    wait_seconds: float = 0.0
+    idle_seconds: float = 0.0
+    most: int | None = None
 
 
 class Shift:
@@ -64,6 +81,39 @@ class Shift:
                     break
                 await before.wait()
             await self._moved.until(lambda: not self._runs or self._stage > 0)
+            await self._drain()
+            loops.cancel_scope.cancel()
+
+    async def drain(self, take: Callable[[], Awaitable[Any]], intake: Intake, drain: Drain) -> None:
+        """Take runs until there are no more (or a stop comes), and finish them."""
+        async with anyio.create_task_group() as loops:
+            for loop in self._beside:
+                loops.start_soon(loop.run)
+            empty_since: float | None = anyio.current_time()
+            silent_since: float | None = None
+            while self._stage == 0 and (self._runs or intake.ended != drain.most):
+                before = self._moved.mark()
+                try:
+                    await take()
+                except ApiError as error:
+                    # What runs already must not suffer, and a moment's silence ends nothing.
+                    silent_since = silent_since or anyio.current_time()
+                    lasts = anyio.current_time() - silent_since > SILENCE_SECONDS
+                    if not self._runs and (lasts or not isinstance(error, Unreachable)):
+                        raise
+                    await anyio.sleep(RETRY_SECONDS)
+                    continue
+                now, patience, silent_since = anyio.current_time(), intake.poll_seconds(), None
+                if self._runs:
+                    empty_since = None
+                else:
+                    empty_since = now if empty_since is None else empty_since
+                    left = empty_since + (drain.idle_seconds if intake.ended else drain.wait_seconds) - now
+                    if left <= 0:
+                        break
+                    patience = min(patience, left)
+                with anyio.move_on_after(patience):
+                    await before.wait()
             await self._drain()
             loops.cancel_scope.cancel()
 

@@ -36,7 +36,7 @@ from procworker.server.client import Client
 from procworker.server.models import FlowRun, WorkPool
 from procworker.server.outbox import Outbox
 from procworker.settings import Settings
-from procworker.shift import LAST_REPORT_SECONDS, Shift
+from procworker.shift import LAST_REPORT_SECONDS, Drain, Shift
 from procworker.sources import Sources
 from procworker.submission import FlowRunFuture, create_adhoc_run, entrypoint_of
 from procworker.vitals import Vitals
@@ -78,11 +78,14 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
         settings: Settings | None = None,
         journal: Journal | None = None,
         orphans: Literal["adopt", "kill"] = "adopt",
+        drain: Drain | None = None,
+        on_end: Callable[[Run], object] | None = None,
     ) -> None:
         """Describe a worker; nothing happens before `start` or `async with`.
 
         Without a work pool (None) it polls nothing and only runs what `submit` gives it. `orphans` says what shall
-        become of its runs when it dies hard, as far as its `journal` tells of them.
+        become of its runs when it dies hard, as far as its `journal` tells of them. With `drain` it ends by itself.
+        `on_end` is called with every run that is over and reported.
         """
         if name and ("/" in name or "%" in name):
             raise ConfigurationError(f"the worker name {name!r} must not contain '/' or '%'")
@@ -118,8 +121,10 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
         self._started_event: dict[str, Any] | None = None
         self._journal: Journal = journal or NoJournal()
         self._orphans = orphans
+        self._drain, self._on_end = drain, on_end
         self._idleness = Idleness(self._logger)
         self._intake = Intake(self.runs, limit, self._settings.worker_query_seconds)
+        self._intake.most = drain.most if drain else None
         self._poll_loop = Loop("Polling", self.get_and_submit_flow_runs, self._intake.poll_seconds)
         self._vitals = Vitals(self._poll_loop, lambda: self._work_pool, self._maintenance_ends_at)
         heartbeat = Loop("The heartbeat", self.sync_with_backend, lambda: self.heartbeat_interval_seconds)
@@ -278,9 +283,11 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
             self._started_event = self._emit("prefect.worker.started")
             printer(f"Worker {self.name!r} started!")
             self._resume(self._journal.take_over(str(self._settings.api_identity), self._work_pool_name))
-            if run_once:
-                if self._work_pool is None:
-                    await self.sync_with_backend()
+            if (run_once or self._drain) and self._work_pool is None:
+                await self.sync_with_backend()
+            if self._drain:
+                await self._shift.drain(self.get_and_submit_flow_runs, self._intake, self._drain)
+            elif run_once:
                 await self._shift.once(self._take_some, self._took_enough)
             else:
                 await self._shift.work()
@@ -396,6 +403,9 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
             del self.runs[run.id]
             if run.claim.held:
                 self.outcomes[run.final_state.type if run.final_state else "UNKNOWN"] += 1
+                self._intake.ended += 1
+                if self._on_end:
+                    self._on_end(run)
             elif run.claim.refusal is not None:  # do not ask for it again at once
                 self._intake.refuse(run.id)
             if run.future is not None:
@@ -447,12 +457,7 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
         """Send an event beside the line; returned so that another can follow it."""
         if self._outbox is None:
             return None
-        objects: dict[str, Any] = {}
-        result = run.result if run else None
-        if run is not None:
-            objects = {"deployment": run.deployment, "flow": run.flow, "flow-run": run.flow_run}
-        known = (result.identifier, result.status_code) if result is not None else (None, None)
-        related = events.related(objects, self._work_pool, *known)
+        related = events.related_to(run, self._work_pool)
         made = events.event(event, events.worker_resource(self.type, self.name), related, follows)
         self._outbox.event(made)
         return made

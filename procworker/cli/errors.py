@@ -14,7 +14,7 @@ from procworker.errors import (
     single,
 )
 
-FAILED, USAGE, UNREACHABLE, UNKILLED = 1, 2, 3, 5
+FAILED, USAGE, UNREACHABLE, NOTHING, UNKILLED = 1, 2, 3, 4, 5
 
 
 def sentence(error: BaseException) -> str:

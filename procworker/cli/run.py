@@ -61,12 +61,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(arguments: argparse.Namespace) -> int:
     from procworker.cli.common import run_loop, set_up_logging
-    from procworker.cli.junit import reported
+    from procworker.cli.junit import Case, Suite, reported
     from procworker.settings import Settings
 
     settings = Settings.load(profile=arguments.profile)
     set_up_logging(settings, "WARNING" if settings.logging_level == "INFO" else None)
-    with reported(arguments.junit, arguments.target) as case:
+    case = Case.of_target(arguments.target)
+    with reported(arguments.junit, Suite(case)):
         return run_loop(_run, settings, arguments, case)
 
 

@@ -2,7 +2,8 @@
 
 Examples:
   procworker start --pool laptop
-  procworker start --pool ci --limit 4 --run-once
+  procworker start --pool ci --limit 4 --drain --junit runs.xml
+  procworker start --pool ci --drain --wait 60
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ TYPE_CHECKING = False  # see procworker/__init__.py
 if TYPE_CHECKING:
     from typing import Any
 
+    from procworker.cli.junit import Suite
+    from procworker.cli.tally import Tally
     from procworker.settings import Settings
 
-LONGEST_PREFETCH = 86_400
+LONGEST_PREFETCH = LONGEST_WAIT = 86_400
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +48,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="take what is due now, finish it, and exit; exit 1 if a run did not complete",
     )
     add(
+        "--drain",
+        action="store_true",
+        help="work until nothing is due and nothing runs, and exit; exit 1 if a run did not complete",
+    )
+    add(
+        "--wait",
+        type=_seconds,
+        metavar="S",
+        help="with --drain: how long to wait for the first run; exit 4 if none came",
+    )
+    add("--idle-timeout", type=_seconds, metavar="S", help="with --drain: how long to wait for more after the last run")
+    add("--max-runs", type=_count, metavar="N", help="with --drain: take at most so many runs")
+    add("--junit", metavar="FILE", help="write how the runs ended to this file, as JUnit's XML, when the worker ends")
+    add(
         "--with-healthcheck",
         action="store_true",
         help="answer GET /health and /ready (PREFECT_WORKER_WEBSERVER_HOST, _PORT)",
@@ -61,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--orphans",
         choices=["adopt", "kill"],
         help="what becomes of running flows if the worker is killed hard: the next start goes on with them (adopt), or"
-        " a helper ends and reports them at once (kill; default with --run-once, in CI and inside a flow run)",
+        " a helper ends and reports them at once (kill; default with --run-once, --drain, in CI, inside a flow run)",
     )
     add("--local", action="store_true", help="work on the embedded Prefect server")
     add(
@@ -69,36 +86,75 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=30.0,
         metavar="S",
-        help="with --run-once: how long to wait for the server (30)",
+        help="with --run-once and --drain: how long to wait for the server (30)",
     )
     add("--install-policy", help=argparse.SUPPRESS)  # Prefect's: nothing to install here
 
 
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds <= LONGEST_WAIT:
+        raise ValueError
+    return seconds
+
+
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise ValueError
+    return count
+
+
+_seconds.__name__, _count.__name__ = f"number of seconds from 0 to {LONGEST_WAIT}", "count"  # argparse names them
+
+
 def execute(arguments: argparse.Namespace) -> int:
     from procworker.cli.common import run_loop, set_up_logging
-    from procworker.errors import ConfigurationError
+    from procworker.cli.junit import Suite, reported
     from procworker.settings import Settings
+
+    _check_options(arguments)
+    settings = Settings.load(profile=arguments.profile)
+    set_up_logging(settings)
+    suite = Suite()
+    with reported(arguments.junit, suite):
+        return run_loop(_start, settings, arguments, suite)
+
+
+def _check_options(arguments: argparse.Namespace) -> None:
+    """Raises ConfigurationError for what cannot be meant together."""
+    from procworker.errors import ConfigurationError
 
     early = arguments.prefetch_seconds
     if early is not None and not 0 <= early <= LONGEST_PREFETCH:
         raise ConfigurationError(f"--prefetch-seconds must be between 0 and {LONGEST_PREFETCH}, not {early:g}")
-    settings = Settings.load(profile=arguments.profile)
-    set_up_logging(settings)
-    return run_loop(_start, settings, arguments)
+    if arguments.run_once and arguments.drain:
+        raise ConfigurationError("--run-once takes what is due now, --drain what becomes due as well: choose one")
+    for name in ("wait", "idle_timeout", "max_runs"):
+        if getattr(arguments, name) is not None and not arguments.drain:
+            raise ConfigurationError(
+                f"--{name.replace('_', '-')} needs --drain: without it the worker never ends by itself"
+            )
 
 
-async def _start(settings: Settings, arguments: argparse.Namespace) -> int:
+async def _start(settings: Settings, arguments: argparse.Namespace, suite: Suite) -> int:
+    import os
     from contextlib import AsyncExitStack
 
     import anyio
 
+    from procworker.cli.ci import detect
     from procworker.cli.common import embedded, say, signals_counted, wait_for_server
-    from procworker.cli.errors import FAILED, UNKILLED
+    from procworker.cli.errors import FAILED, NOTHING, UNKILLED
+    from procworker.cli.tally import Tally
     from procworker.process import ProcessWorker
     from procworker.system.files import raised_file_limit
+    from procworker.system.printer import print_line
     from procworker.system.subreaper import adoption, subreaper
 
     worker: Any = None
+    ends = arguments.run_once or arguments.drain
+    tally = Tally(suite, detect(os.environ if ends else {}, say), print_line, one_at_a_time=arguments.limit == 1)
 
     def interrupt(number: int) -> None:
         if worker is not None and worker.is_setup:
@@ -108,39 +164,48 @@ async def _start(settings: Settings, arguments: argparse.Namespace) -> int:
 
     with anyio.CancelScope() as starting:
         async with AsyncExitStack() as stack:
-            await stack.enter_async_context(signals_counted(interrupt))
+            received = await stack.enter_async_context(signals_counted(interrupt))
             await stack.enter_async_context(subreaper())
             stack.enter_context(raised_file_limit())
             if arguments.local:
                 settings = await stack.enter_async_context(embedded(settings, arguments.python, keep=True))
-            if arguments.run_once and settings.api_url:
+            if ends and settings.api_url:
                 await wait_for_server(settings, arguments.startup_timeout)
-            worker = await _build(settings, arguments)
+            worker = await _build(settings, arguments, tally, ends)
             if type(worker) is not ProcessWorker:  # what it starts in a session of its own is no orphan
                 adoption.give_up()
             await worker.start(arguments.run_once, arguments.with_healthcheck, printer=say)
     if starting.cancelled_caught:
         return 0
+    if ends:
+        if trouble := tally.close():
+            say(trouble, "stderr")
+        say(f"{tally.sentence}.")
     if worker.unkilled:
         return UNKILLED
     failed = worker.outcomes.total() - worker.outcomes["COMPLETED"]
-    return FAILED if arguments.run_once and failed else 0
+    if ends and failed:
+        return FAILED
+    return NOTHING if arguments.wait is not None and not (worker.outcomes or received) else 0
 
 
-async def _build(settings: Settings, arguments: argparse.Namespace) -> Any:
+async def _build(settings: Settings, arguments: argparse.Namespace, tally: Tally, ends: bool) -> Any:
     import os
 
     from procworker.cli.common import worker_class
     from procworker.errors import ConfigurationError
     from procworker.process import ProcessWorker
+    from procworker.shift import Drain
     from procworker.system.interpreter import find_interpreter
     from procworker.system.tree import COOKIE
 
+    drain = Drain(arguments.wait or 0.0, arguments.idle_timeout or 0.0, arguments.max_runs) if arguments.drain else None
     template = _read_template(arguments.base_job_template) if arguments.base_job_template else None
     cls = worker_class(await _discover_type(settings, arguments))
     own: dict[str, Any] = {}
     if issubclass(cls, ProcessWorker):
-        at_once = arguments.run_once or os.environ.get("CI") or os.environ.get(COOKIE)
+        own["sink"] = tally.print_line
+        at_once = ends or os.environ.get("CI") or os.environ.get(COOKIE)
         own["orphans"] = arguments.orphans or ("kill" if at_once else "adopt")
     if arguments.python:
         if not issubclass(cls, ProcessWorker):
@@ -155,6 +220,8 @@ async def _build(settings: Settings, arguments: argparse.Namespace) -> Any:
         arguments.limit,
         base_job_template=template,
         settings=settings,
+        drain=drain,
+        on_end=tally.add if ends or arguments.junit else None,
         **own,
     )
 

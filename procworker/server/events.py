@@ -51,6 +51,15 @@ def related(
     return [*labels.values(), *tagged, *([_labels("work-pool", work_pool)] if work_pool else [])]
 
 
+def related_to(run: Any, work_pool: WorkPool | None) -> list[Labels]:
+    """Label what a run of ours (or None) belongs to, and where it ran."""
+    if run is None:
+        return related({}, work_pool)
+    objects = {"deployment": run.deployment, "flow": run.flow, "flow-run": run.flow_run}
+    known = (run.result.identifier, run.result.status_code) if run.result is not None else (None, None)
+    return related(objects, work_pool, *known)
+
+
 def event(
     name: str, resource: Labels, related: Sequence[Labels] = (), follows: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:

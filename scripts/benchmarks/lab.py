@@ -72,7 +72,7 @@ def opened(prefect: str | None) -> Iterator[Lab]:
         with start_blocking_portal() as portal, portal.wrap_async_context_manager(starting) as server:
             url, auth = server.api_url, server.auth_string or ":"
             env = {"PREFECT_API_URL": url, "PREFECT_API_AUTH_STRING": auth}
-            client = httpx.Client(base_url=url, auth=httpx.BasicAuth(*auth.split(":", 1)), timeout=30)
+            client = httpx.Client(base_url=url, auth=httpx.BasicAuth(*auth.split(":", 1)), timeout=120)
             yield Lab(found.prefect_version, ours, theirs, Path(name), env, client, psutil.Process(server.pid))
 
 
