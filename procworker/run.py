@@ -9,17 +9,11 @@ from typing import Any, ClassVar, Protocol
 from uuid import UUID, uuid4
 
 import anyio
-import anyio.to_thread
 from anyio.abc import TaskGroup, TaskStatus
 from pydantic import ValidationError
 
 from procworker.claim import Claim, without_deployment
-from procworker.configuration import (
-    BaseJobConfiguration,
-    BaseWorkerResult,
-    merge_job_variables,
-    with_extra_variables,
-)
+from procworker.configuration import BaseJobConfiguration, BaseWorkerResult
 from procworker.errors import (
     InfrastructureNotFound,
     ObjectNotFound,
@@ -27,6 +21,7 @@ from procworker.errors import (
     Rejected,
     single,
 )
+from procworker.job import JobHost, fill_job, prepare_job
 from procworker.logs import RunLogger
 from procworker.loops import patiently
 from procworker.outcome import DeploymentGone, ExitUnknown, Facts, Reason, one_line
@@ -34,7 +29,7 @@ from procworker.record import ForgottenPage, Journal, Page, Record
 from procworker.redaction import mask_of
 from procworker.report import Report
 from procworker.server.client import Client
-from procworker.server.models import Deployment, Flow, FlowRun, State, WorkPool, new_state
+from procworker.server.models import Deployment, Flow, FlowRun, State, new_state
 from procworker.server.outbox import Outbox
 from procworker.sources import Sources
 from procworker.submission import FlowRunFuture
@@ -42,27 +37,18 @@ from procworker.submission import FlowRunFuture
 CANCEL_GRACE_SECONDS, STOP_GRACE_SECONDS, ASK_SECONDS = 30.0, 10.0, 2.0
 
 
-class Host(Protocol):
+class Host(JobHost, Protocol):
     """What a run asks of the worker that walks it."""
 
-    name: str
     type: str
-    backend_id: UUID | None
-    job_configuration: Any
-    extra_variables: ClassVar[frozenset[str]]
     ends_with_run: ClassVar[bool]
     kept_fields: ClassVar[frozenset[str]]
     _journal: Journal
-    _work_pool: WorkPool | None
-    _base_job_template: dict[str, Any] | None
     _outbox: Outbox | None
     _known_secrets: frozenset[str]
 
     @property
     def client(self) -> Client: ...
-    @classmethod
-    def get_default_base_job_template(cls) -> dict[str, Any]: ...
-    def _inherited_environment(self, configuration: Any) -> dict[str, str]: ...
     async def run(self, flow_run: FlowRun, configuration: Any, task_status: TaskStatus[Any] | None = None) -> Any: ...
     async def kill_infrastructure(self, infrastructure_pid: str, configuration: Any, grace_seconds: float) -> None: ...
     async def _reattach(self, flow_run: FlowRun, configuration: Any, task_status: TaskStatus[Any]) -> Any: ...
@@ -227,25 +213,15 @@ class Run:
 
     async def _configure(self) -> None:
         """Read what the run belongs to, then compute its configuration."""
-        host, flow_run, pool = self._host, self.flow_run, self._host._work_pool
+        host, flow_run = self._host, self.flow_run
         try:
             self.deployment = await self._sources.read(flow_run.deployment_id, host.client.read_deployment)
         except ObjectNotFound as error:
             raise DeploymentGone(without_deployment(flow_run)) from error
         self.flow = await self._sources.read(flow_run.flow_id, host.client.read_flow)
-        own = host.get_default_base_job_template()
-        template = (pool and pool.base_job_template) or host._base_job_template or own
-        template = with_extra_variables(template, own, host.extra_variables)
-        variables = merge_job_variables(
-            self.deployment.job_variables if self.deployment else {}, flow_run.job_variables
-        )
-        build = partial(host.job_configuration.from_template_and_values, template, variables, host.client)
-        configuration = await patiently(build)
+        configuration = await patiently(partial(fill_job, host, flow_run, self.deployment, host.client))
         self._configured_command = configuration.command is not None
-        # In a thread: it may ask an interpreter which Prefect it has.
-        configuration._inherited = await anyio.to_thread.run_sync(host._inherited_environment, configuration)
-        configuration.prepare(flow_run, self.deployment, self.flow, pool, host.name, host.backend_id)
-        configuration._inherited = None
+        await prepare_job(host, configuration, flow_run, self.deployment, self.flow)
         self.configuration = configuration
         self.mask = self.log.mask = mask_of(host._known_secrets | configuration.secrets)
 

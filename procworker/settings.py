@@ -91,6 +91,8 @@ class Settings(BaseModel, frozen=True, hide_input_in_errors=True, validate_defau
     state_home: Path = Path(os.path.expanduser("~/.local/state/procworker"))
     profile: str = "ephemeral"
     exported: dict[str, str] = Field(default={}, repr=False)
+    origins: dict[str, str] = Field(default={}, repr=False)
+    """Where each exported variable comes from: the environment, or which file or profile."""
     embedded_server: str | None = None
 
     @classmethod
@@ -127,8 +129,10 @@ class Settings(BaseModel, frozen=True, hide_input_in_errors=True, validate_defau
         known["home"] = place(known.get("home") or "~/.prefect")
         known["state_home"] = place(found.get("PROCWORKER_HOME") or default_state_home(env))
         exported = {key: value for key, value in found.items() if EXPORTED.match(key)}
-        known.pop("embedded_server", None)
+        for internal in ("embedded_server", "origins"):
+            known.pop(internal, None)
         known["exported"] = {k: v.strip() if k in STRIPPED else v for k, v in exported.items()}
+        known["origins"] = {key: _origin(key, layers) for key in exported}
         try:
             return cls(**known | {"profile": name})
         except ValidationError as error:
@@ -150,7 +154,9 @@ class Settings(BaseModel, frozen=True, hide_input_in_errors=True, validate_defau
         exported = {name: value for name, value in self.exported.items() if name not in credentials} | own
         changes = {"api_url": api_url, "api_auth_string": auth_string, "api_key": None, "ui_url": None}
         changes["embedded_server"] = name
-        return Settings(**dict(self) | changes | {"exported": exported})
+        origins = {key: value for key, value in self.origins.items() if key in exported}
+        origins |= dict.fromkeys(own, "embedded server" if name else "server")
+        return Settings(**dict(self) | changes | {"exported": exported, "origins": origins})
 
     def secrets(self) -> frozenset[str]:
         """List every known value that no output may show."""
@@ -246,6 +252,12 @@ def _dotenv(path: Path) -> Iterator[tuple[str, str]]:
             yield key.upper(), re.sub(escape, lambda m: m[0].encode().decode("unicode-escape"), quoted)
         else:
             yield key.upper(), re.sub(r"\s+#.*", "", plain).strip()
+
+
+def _origin(name: str, layers: list[Layer]) -> str:
+    """The first layer that has the name, or its old spelling."""
+    old = next((old for old, new in RENAMED.items() if new == name), name)
+    return str(next(source for source, values in layers if name in values or old in values))
 
 
 def _explained(error: Any, layers: list[Layer]) -> str:

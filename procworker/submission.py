@@ -180,7 +180,7 @@ async def create_adhoc_run(
         except (TypeError, ValueError) as error:
             raise ConfigurationError(f"parameter {name!r} cannot be sent as JSON: {error}") from error
     pending = new_state("PENDING", transition_id=transition_id)
-    flow_id = await client.create_flow(_flow_name(flow, entrypoint), sorted(getattr(flow, "tags", ())))
+    flow_id = await client.create_flow(flow_name(flow, entrypoint), sorted(getattr(flow, "tags", ())))
     try:
         flow_run = await client.create_flow_run(
             flow_id, parameters=parameters, state=pending, work_pool_name=work_pool_name
@@ -190,13 +190,19 @@ async def create_adhoc_run(
             raise
         # Servers of 2.x keep no pool for runs without a deployment.
         flow_run = await client.create_flow_run(flow_id, parameters=parameters, state=pending)
-    variables = dict(job_variables or {})
-    persist = {} if isinstance(flow, str) else {"PREFECT_RESULTS_PERSIST_BY_DEFAULT": "true"}
-    variables["env"] = {**persist, **(variables.get("env") or {}), ENTRYPOINT: entrypoint}
+    variables = adhoc_variables(flow, entrypoint, job_variables)
     return flow_run.model_copy(update={"job_variables": variables})
 
 
-def _flow_name(flow: Any, entrypoint: str) -> str:
+def adhoc_variables(flow: Any, entrypoint: str, job_variables: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The job variables of a run that finds its code by itself."""
+    variables = dict(job_variables or {})
+    persist = {} if isinstance(flow, str) else {"PREFECT_RESULTS_PERSIST_BY_DEFAULT": "true"}
+    return {**variables, "env": {**persist, **(variables.get("env") or {}), ENTRYPOINT: entrypoint}}
+
+
+def flow_name(flow: Any, entrypoint: str) -> str:
+    """What the flow is called on the server."""
     if not isinstance(flow, str):
         return str(flow.name)
     path, _, name = entrypoint.rpartition(":")

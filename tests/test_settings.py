@@ -113,6 +113,25 @@ def test_an_old_name_in_a_stronger_source_beats_the_new_name_in_a_weaker_one(loa
     assert both["PREFECT_LOGGING_CONFIG_PATH"] == "/new"
 
 
+def test_each_setting_knows_its_source(load: Load, cwd: Path, home: Path) -> None:
+    profiles = write_profiles(home, 'active = "x"\n[profiles.x]\nPREFECT_UI_URL = "http://x"\nPREFECT_API_KEY = "k"\n')
+    (cwd / "prefect.toml").write_text("[logging]\nlevel = 'DEBUG'\n")
+    (cwd / ".env").write_text("PREFECT_API_KEY=k\n")
+    settings = load(prefect_logging_settings_path="/old", PREFECT_ORIGINS="{}")
+
+    assert settings.origins == {
+        "PREFECT_API_KEY": f"{cwd}/.env",
+        "PREFECT_LOGGING_CONFIG_PATH": "environment",
+        "PREFECT_LOGGING_SETTINGS_PATH": "environment",
+        "PREFECT_LOGGING_LEVEL": f"{cwd}/prefect.toml",
+        "PREFECT_ORIGINS": "environment",
+        "PREFECT_UI_URL": f"profile 'x' in {profiles}",
+    }
+    there = settings.at_server("http://s/api", "me:word", "embedded").origins
+    assert (there["PREFECT_API_URL"], there["PREFECT_API_AUTH_STRING"]) == ("embedded server", "embedded server")
+    assert "PREFECT_API_KEY" not in there
+
+
 def test_an_empty_environment_gives_the_defaults(load: Load, home: Path) -> None:
     settings = load()
 
@@ -120,6 +139,7 @@ def test_an_empty_environment_gives_the_defaults(load: Load, home: Path) -> None
         home=home / ".prefect",
         state_home=home / ".local/state/procworker",
         exported={"PREFECT_SERVER_EPHEMERAL_ENABLED": "true"},
+        origins={"PREFECT_SERVER_EPHEMERAL_ENABLED": f"profile 'ephemeral' in {home}/.prefect/profiles.toml"},
     )
     assert (settings.api_url, settings.api_request_timeout, settings.client_max_retries) == (None, 60, 5)
     assert (settings.worker_heartbeat_seconds, settings.worker_prefetch_seconds) == (30, 10)

@@ -7,9 +7,16 @@ import sys
 from collections.abc import Sequence
 
 from procworker import __version__
-from procworker.cli import run, server, start, template
+from procworker.cli import doctor, preview, run, server, start, template
 
-COMMANDS = {"start": start, "run": run, "template": template, "server": server}
+COMMANDS = {
+    "start": start,
+    "run": run,
+    "preview": preview,
+    "doctor": doctor,
+    "template": template,
+    "server": server,
+}
 
 
 def build_parser() -> argparse.ArgumentParser:

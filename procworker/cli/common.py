@@ -115,7 +115,10 @@ def worker_class(name: str) -> type[BaseWorker[Any, Any, Any]]:
     found: type[BaseWorker[Any, Any, Any]] | None = BaseWorker.get_worker_class_from_type(name)
     if found is None:
         known = ", ".join(BaseWorker.get_all_available_worker_types())
-        raise ConfigurationError(f"unknown worker type {name!r}: known are {known}; install the package that offers it")
+        raise ConfigurationError(
+            f"unknown worker type {name!r}: known are {known};"
+            " install the package that offers it, or choose another pool"
+        )
     return found
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from procworker.cli.junit import Case
     from procworker.process import ProcessWorker
-    from procworker.server.models import FlowRun
+    from procworker.server.models import FlowRun, WorkPool
     from procworker.settings import Settings
     from procworker.submission import FlowRunFuture
 
@@ -172,6 +172,18 @@ def parse_pairs(pairs: list[str], what: str) -> dict[str, Any]:
     return found
 
 
+def in_current_directory(job_variables: dict[str, Any]) -> dict[str, Any]:
+    """A file or module runs where we are, unless it is told otherwise."""
+    import os
+
+    return {"working_dir": os.getcwd(), **job_variables}
+
+
+def template_of(pool: WorkPool) -> dict[str, Any] | None:
+    """The job template of a pool, if it is one of processes."""
+    return pool.base_job_template if pool.type == "process" else None
+
+
 async def _template(settings: Settings, kind: str, target: str) -> dict[str, Any] | None:
     """The job template of the pool that the deployment or run belongs to, if that is a pool of processes."""
     from uuid import UUID
@@ -191,20 +203,19 @@ async def _template(settings: Settings, kind: str, target: str) -> dict[str, Any
         if not found.work_pool_name:
             return None
         pool = await client.read_work_pool(found.work_pool_name)
-        return pool.base_job_template if pool.type == "process" else None
+        return template_of(pool)
 
 
 async def _submit(
     worker: ProcessWorker, kind: str, target: str, parameters: dict[str, Any], job_variables: dict[str, Any]
 ) -> FlowRunFuture:
-    import os
     from uuid import UUID, uuid4
 
     from procworker.errors import ConfigurationError
     from procworker.server.models import new_state
 
     if kind == "entrypoint":
-        return await worker.submit(target, parameters, {"working_dir": os.getcwd(), **job_variables})
+        return await worker.submit(target, parameters, in_current_directory(job_variables))
     if kind == "deployment":
         transition_id = uuid4()
         deployment = await worker.client.read_deployment_by_name(target)

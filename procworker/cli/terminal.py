@@ -21,6 +21,8 @@ class Terminal:
         self._stream = sys.stdout if stream is None else stream
         self._environ = os.environ if environ is None else environ
         tty = self._stream is not None and self._stream.isatty()
+        self.is_a_terminal = tty
+        """Also one that takes no escape codes."""
         self.is_live = tty and self._environ.get("TERM", "dumb") != "dumb"
         """May lines be drawn anew?"""
         self.has_colours = self.is_live and not self._environ.get("NO_COLOR")

@@ -191,12 +191,22 @@ def server_env(environ: Mapping[str, str], directory: Path) -> dict[str, str]:
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": "http://127.0.0.1",  # no web page has business here
         COOKIE: "",  # no part of the flow run that may have started us
     }
-    version = tuple(map(int, re.findall(r"\d+", directory.name)[:3]))
+    version = version_of(directory.name)
     if version >= (3, 8):  # saves memory; what an older one throws away for it, fastapi 0.137 and newer still need
         private["PREFECT__SERVER_FINAL"] = "1"
-    if version >= (3, 1, 10):
+    if knows_passwords(directory.name):
         private["PREFECT_SERVER_API_AUTH_STRING"] = f"procworker:{secrets.token_urlsafe(24)}"
     return {name: value for name, value in environ.items() if not name.startswith(foreign)} | private
+
+
+def version_of(version: str) -> tuple[int, ...]:
+    """The first three numbers of a version, for comparing."""
+    return tuple(map(int, re.findall(r"\d+", version)[:3]))
+
+
+def knows_passwords(version: str) -> bool:
+    """Can clients and servers of this Prefect use PREFECT_API_AUTH_STRING?"""
+    return version_of(version) >= (3, 1, 10)
 
 
 def last_words(text: str) -> str:

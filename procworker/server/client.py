@@ -130,6 +130,16 @@ class Client:
         body = {"work_queues": None if names is None else {"name": {"any_": list(names)}}}
         return await self._read(list[models.WorkQueue], "POST", path, json=body, **options)
 
+    async def read_workers_for_work_pool(self, work_pool_name: str, **options: Unpack[Options]) -> list[models.Worker]:
+        path = _path("work_pools", work_pool_name, "workers", "filter")
+        return await self._read(list[models.Worker], "POST", path, json={}, **options)
+
+    async def read_late_flow_runs(self, work_pool_name: str, **options: Unpack[Options]) -> list[models.FlowRun]:
+        """List runs of a pool that nobody has taken in time; unlike a poll this leaves no trace on the server."""
+        late = {"state": {"name": {"any_": ["Late"]}}}
+        body = {"flow_runs": late, "work_pools": {"name": {"any_": [work_pool_name]}}, "limit": PAGE}
+        return await self._read(list[models.FlowRun], "POST", "/flow_runs/filter", json=body, **options)
+
     async def get_scheduled_flow_runs_for_work_pool(
         self,
         work_pool_name: str,
@@ -160,16 +170,6 @@ class Client:
             body = {"flow_runs": {"id": {"any_": ids[start : start + PAGE]}, "state": state}}
             found += await self._read(list[models.FlowRun], "POST", "/flow_runs/filter", json=body, **options)
         return found
-
-    async def read_late_flow_runs(self, work_pool_name: str, **options: Unpack[Options]) -> list[models.FlowRun]:
-        """List up to 200 flow runs of a pool that nobody has started in time."""
-        filters = {
-            "flow_runs": {"state": {"name": {"any_": ["Late"]}}},
-            "work_pools": {"name": {"any_": [work_pool_name]}},
-        }
-        return await self._read(
-            list[models.FlowRun], "POST", "/flow_runs/filter", json={**filters, "limit": PAGE}, **options
-        )
 
     async def read_flow_run_states(self, flow_run_id: UUID, **options: Unpack[Options]) -> list[models.State]:
         """List the states that a run went through, oldest first."""

@@ -149,6 +149,14 @@ class _LateContext(ssl.SSLContext):
         return _verifying(self.file).wrap_bio(*args, **kwargs)
 
 
+def proxy_to(settings: Settings) -> str | None:
+    """Tell which proxy leads to the API, with its credentials; None when there is none on the way."""
+    url, proxies = httpx.URL(settings.api_url or ""), getproxies()
+    if _is_direct(url.host) or proxies.get("no", "").strip() == "*":
+        return None
+    return proxies.get(url.scheme) or proxies.get("all")
+
+
 def _is_direct(host: str) -> bool:
     """Say whether no proxy leads to host: it is local, or in NO_PROXY in a form that httpx overlooks."""
     names = [name.strip().lower() for name in getproxies().get("no", "").split(",")]

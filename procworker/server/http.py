@@ -200,6 +200,8 @@ class Http:
             text = f"no answer within {self._settings.api_request_timeout:g} s"
         elif "CERTIFICATE_VERIFY_FAILED" in text:
             text += " (PREFECT_API_SSL_CERT_FILE names the CA to trust)"
+        elif isinstance(error, httpx.ConnectError) and not self._settings.embedded_server:
+            text += f" (PREFECT_API_URL is {self._settings.api_identity})"
         failure = Unreachable(f"{route}: {self._line(text)}")
         first = isinstance(error, httpx.ConnectError) and not self._answered
         return failure if first or isinstance(error, LASTING) else _Passing(failure)
@@ -215,6 +217,8 @@ class Http:
                 text += f", but the body is no use: {_complaint(error)}"
         elif location := answer.headers.get("Location"):
             text += f" to {location[:200]}"
+        if (good or answer.status == 404) and not self._base.endswith("/api") and not answer.is_of_the_api():
+            text += " (most PREFECT_API_URL end in /api)"
         excerpt = self._line(answer.body[:2000].decode(errors="replace"))[:200]
         failure = _kind(answer)(f"{self._line(text)}: {excerpt}".rstrip(": "), answer.status)
         if good or answer.status in PASSING_CODES | self._settings.client_retry_extra_codes:

@@ -116,6 +116,14 @@ class WorkQueue(Named):
     """One lane of a work pool."""
 
     is_paused: bool = False
+    concurrency_limit: int | None = None
+
+
+class Worker(Named):
+    """Somebody who polls a work pool."""
+
+    status: str | None = None
+    last_heartbeat_time: datetime | None = None
 
 
 class WorkerFlowRunResponse(Shape):

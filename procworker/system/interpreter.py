@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ if getattr(importlib.util.find_spec("prefect"), "origin", None) is None: sys.exi
 from importlib.metadata import version
 print(version("prefect"))
 """
+VERSION = re.compile(r"\d[\w.+!-]*")
 NO_PREFECT = (
     "pip install 'procworker[prefect]', or name a Python that has Prefect with --python or the job variable `python`"
 )
@@ -77,10 +79,17 @@ def _probe(path: str, stamp: int) -> str | None:
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ConfigurationError(f"python {path!r} cannot be run: {error}") from error
-    if done.returncode not in (0, 3):
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ConfigurationError(f"python {path!r} cannot be used: {last}")
-    return done.stdout.strip() or None
+    version = done.stdout.strip()
+    if done.returncode == 3:
+        return None
+    if done.returncode == 0 and VERSION.fullmatch(version):
+        return version
+    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    if done.returncode == 0 or 'version("prefect")' in last:  # what is no Python may quote what we asked
+        last = (
+            "it does not answer as a Python does; name a Python, a virtual environment or a tox environment directory"
+        )
+    raise ConfigurationError(f"python {path!r} cannot be used: {last}")
 
 
 def find_interpreter(python: str | None, environ: Mapping[str, str]) -> Interpreter:

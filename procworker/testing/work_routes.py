@@ -62,6 +62,22 @@ class WorkRoutes(Model):
         pool.status = "READY"
         return (200, worker["id"]) if self.cloud and given.get("return_id") else (204, None)
 
+    @route("POST", "/work_pools/{name}/workers/filter")
+    def _read_workers(self, request: Request, name: str) -> Answer:
+        body(request, "workers limit offset")
+        pool = find(self.pools, name, "Work pool")
+        return 200, [
+            {
+                "id": row["id"],
+                "name": worker,
+                "work_pool_id": pool.id,
+                "last_heartbeat_time": row["time"],
+                "status": "ONLINE",
+            }
+            for (of_pool, worker), row in self.workers.items()
+            if of_pool == name
+        ]
+
     @route("POST", "/work_pools/{name}/queues/filter")
     def _read_queues(self, request: Request, name: str) -> Answer:
         given = body(request, "work_queues limit offset")
