@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from typing import Any
 
 import anyio
 
 from procworker.errors import ApiError
 from procworker.server.client import Client
 from procworker.server.models import WorkPool
+
+JSON = dict[str, Any]
 
 LIMIT_SECONDS = 10.0
 """How long more must be due than the limit allows before that is worth a line: under load it comes and goes."""
@@ -21,8 +24,10 @@ CLOCK_SECONDS, SLOW_SECONDS = 10.0, 5.0
 class Idleness:
     """The reasons that hold now, each with its sentence."""
 
-    def __init__(self, logger: logging.Logger) -> None:
+    def __init__(self, logger: logging.Logger, tell: Callable[[JSON], None]) -> None:
+        """`tell` is given all of them, as "why", whenever they change."""
         self._logger = logger
+        self._tell = tell
         self._reasons: dict[str, str] = {}
         self._looked = False
         self._full_since: float | None = None
@@ -91,6 +96,7 @@ class Idleness:
         else:
             del self._reasons[kind]
             self._logger.info("No longer so: %s", before)
+        self._tell({"why": "; ".join(self.reasons) or None})
 
 
 def _names(names: Collection[str]) -> str:

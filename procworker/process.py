@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from procworker.configuration import BaseJobConfiguration, BaseVariables, BaseWo
 from procworker.errors import InfrastructureNotAvailable, InfrastructureNotFound
 from procworker.exits import explain_exit
 from procworker.outcome import ExitUnknown
-from procworker.redaction import mask_of, names_of, secrets_in
+from procworker.redaction import mask_of, names_of, secrets_by
 from procworker.run import CANCEL_GRACE_SECONDS
 from procworker.server.models import FlowRun
 from procworker.settings import Settings
@@ -33,7 +34,7 @@ from procworker.system.interpreter import Interpreter, find_interpreter, inherit
 from procworker.system.journal import Journal, Page
 from procworker.system.output import Follower, Sink
 from procworker.system.printer import print_line
-from procworker.system.tree import COOKIE, Family, Process, age, describe, find_root, is_touchable
+from procworker.system.tree import COOKIE, Family, Process, age, describe, find_root, identify, is_touchable
 from procworker.system.warm import Start, Warm
 from procworker.system.watch import Watch
 from procworker.worker import BaseWorker
@@ -169,6 +170,9 @@ class ProcessWorker(BaseWorker[ProcessJobConfiguration, ProcessVariables, Proces
     async def setup(self) -> None:
         async with AsyncExitStack() as stack:
             stack.callback(self._journal.close)
+            signature = {key: value for key, value in self._signature().items() if key in ("api", "pool")}
+            known = {"name": self.name, "type": self.type, "limit": self.limit, "queues": sorted(self._work_queues)}
+            self._journal.introduce(process=identify(os.getpid()), since=time.time(), **signature, **known)
             self._control = await stack.enter_async_context(Control())
             if self._orphans == "kill":
                 heir = (self._settings, self._journal.owner, self.name)
@@ -244,7 +248,7 @@ class ProcessWorker(BaseWorker[ProcessJobConfiguration, ProcessVariables, Proces
             environ, names = child.environment(), known.get("secret_names", [])
             # Who has ended tells nobody what is secret in its output.
             lost = names is None or (not environ and known.get("secrets", True))
-            secrets = None if lost else secrets_in(environ) | {environ[name] for name in names if name in environ}
+            secrets = None if lost else secrets_by(names, environ)
             return await self._watch(flow_run, configuration, live, page, secrets, task_status, resume=True)
         finally:
             _remove_work_dir(page)

@@ -18,6 +18,7 @@ class Record(BaseModel):
 
     flow_run_id: UUID
     flow_run_name: str = ""
+    flow_name: str = ""
     transition_id: UUID
     """Of the claim: who finds another one on the server has nothing to report."""
     api: str
@@ -55,6 +56,12 @@ class Journal(Protocol):
     def take_over(self, api: str, pool: str | None) -> Sequence[Page]:
         """Return the pages that dead workers left for this API and pool; they are ours from now on."""
 
+    def tell(self, state: JSON) -> None:
+        """Show how the worker is to whoever asks on this host; never raises."""
+
+    def wishes(self) -> Sequence[tuple[UUID, JSON]]:
+        """Return what people on this host have asked of our runs since the last look: to be ended, with a `grace`."""
+
 
 class ForgottenPage:
     """A record for as long as it is used."""
@@ -78,4 +85,10 @@ class NoJournal:
         return ForgottenPage(facts)
 
     def take_over(self, api: str, pool: str | None) -> list[Page]:
+        return []
+
+    def tell(self, state: JSON) -> None:
+        pass
+
+    def wishes(self) -> list[tuple[UUID, JSON]]:
         return []

@@ -81,6 +81,11 @@ def names_of(secrets: frozenset[str], environ: Mapping[str, str]) -> list[str] |
     return sorted(name for name, value in environ.items() if value in more) if more <= set(environ.values()) else None
 
 
+def secrets_by(names: Iterable[str], environ: Mapping[str, str]) -> frozenset[str]:
+    """List what names_of and the names themselves tell of an environment."""
+    return secrets_in(environ) | {environ[name] for name in names if name in environ}
+
+
 def secrets_of_block(document: Any) -> frozenset[str]:
     """List the texts of a block document that its type, its schema or their names call secret."""
     paths = [str(path).split(".") for path in _get(document, "block_schema", "fields", "secret_fields") or ()]

@@ -236,7 +236,7 @@ class Run:
             self.log.info("Worker %r submitting flow run %r", host.name, str(self.id))
             submitted = host._emit("prefect.worker.submitted-flow-run", self)
             job = configuration.model_dump(mode="json", include=set(host.kept_fields))
-            self._note(phase="starting", job=job)
+            self._note(phase="starting", job=job, flow_name=self.flow.name if self.flow else "")
             run = host.run
         async with anyio.create_task_group() as beside:
             started = Started(partial(self._started, beside))

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, SecretStr, ValidationError, field_validator
 
 from procworker.errors import ConfigurationError
+from procworker.home import default_state_home
 from procworker.redaction import secrets_in
 
 Layer = tuple[object, dict[str, str]]
@@ -192,19 +193,6 @@ class Settings(BaseModel, frozen=True, hide_input_in_errors=True, validate_defau
         if value > (batch := given.logging_to_api_batch_size):
             raise ValueError(f"lower it to PREFECT_LOGGING_TO_API_BATCH_SIZE, {batch}, or raise that")
         return min(value, given.cloud_max_log_size) if given.is_cloud else value
-
-
-def default_state_home(env: Mapping[str, str], platform: str = sys.platform) -> str:
-    """Return a private place inside tox or a CI job, else where the platform keeps state."""
-    if env.get("TOX_ENV_DIR"):
-        return f"{env['TOX_ENV_DIR']}/.procworker"
-    if env.get("RUNNER_TEMP") and env.get("CI", "").lower() in ("true", "1"):
-        return f"{env['RUNNER_TEMP']}/procworker"
-    places = {
-        "darwin": "~/Library/Application Support",
-        "win32": env.get("LOCALAPPDATA") or "~/AppData/Local",
-    }
-    return f"{places.get(platform) or env.get('XDG_STATE_HOME') or '~/.local/state'}/procworker"
 
 
 def _profile(path: Path, active: str | None, chosen: str | None) -> tuple[str, Layer]:

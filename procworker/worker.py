@@ -116,19 +116,18 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
         self._outbox: Outbox | None = None
         self._tasks: TaskGroup | None = None
         self._stack = AsyncExitStack()
-        self._taken, self._sources = set[UUID](), Sources()
-        self._moved = Moved()
+        self._taken, self._sources, self._moved = set[UUID](), Sources(), Moved()
         self._started_event: dict[str, Any] | None = None
         self._journal: Journal = journal or NoJournal()
         self._orphans = orphans
         self._drain, self._on_end = drain, on_end
-        self._idleness = Idleness(self._logger)
+        self._idleness = Idleness(self._logger, self._journal.tell)
         self._intake = Intake(self.runs, limit, self._settings.worker_query_seconds)
         self._intake.most = drain.most if drain else None
         self._poll_loop = Loop("Polling", self.get_and_submit_flow_runs, self._intake.poll_seconds)
         self._vitals = Vitals(self._poll_loop, lambda: self._work_pool, self._maintenance_ends_at)
         heartbeat = Loop("The heartbeat", self.sync_with_backend, lambda: self.heartbeat_interval_seconds)
-        self._cancels = CancelWatch(self.check_for_cancelled_flow_runs, self.runs, self._moved)
+        self._cancels = CancelWatch(self.check_for_cancelled_flow_runs, self.runs, self._moved, self._journal)
         self._shift = Shift(self._poll_loop, [heartbeat], self.runs, self._moved)
 
     def __repr__(self) -> str:
@@ -281,6 +280,7 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
                 printer(f"Health server: http://{host}:{port}/health")
             await stack.enter_async_context(self)
             self._started_event = self._emit("prefect.worker.started")
+            self._journal.tell({})
             printer(f"Worker {self.name!r} started!")
             self._resume(self._journal.take_over(str(self._settings.api_identity), self._work_pool_name))
             if (run_once or self._drain) and self._work_pool is None:

@@ -32,7 +32,7 @@ MODULES = {
 }
 
 LAYERS = [
-    {"errors", "redaction"},
+    {"errors", "home", "redaction"},
     {"settings", "template", "loops", "logs", "health", "exits"},
     {"server", "system"},
     {"configuration"},
@@ -44,6 +44,7 @@ LAYERS = [
     {"shift"},
     {"worker"},
     {"process", "local"},
+    {"heir"},
     {"cli", "testing"},
     {"__main__", "procworker"},
 ]

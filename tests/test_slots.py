@@ -342,6 +342,12 @@ class MemoryJournal:
     def take_over(self, api: str, pool: str | None) -> list[MemoryPage]:
         return [MemoryPage(self.life, id, json.loads(text)) for id, text in self.life.world.disk.items()]
 
+    def tell(self, state: dict[str, Any]) -> None:
+        pass
+
+    def wishes(self) -> list[Any]:
+        return []
+
 
 class PuppetConfiguration(BaseJobConfiguration):
     """With a time limit of a run of its own."""

@@ -7,11 +7,14 @@ import sys
 from collections.abc import Sequence
 
 from procworker import __version__
-from procworker.cli import doctor, preview, run, server, start, template
+from procworker.cli import doctor, logs, preview, run, server, start, status, stop, template
 
 COMMANDS = {
     "start": start,
     "run": run,
+    "status": status,
+    "logs": logs,
+    "stop": stop,
     "preview": preview,
     "doctor": doctor,
     "template": template,
@@ -31,10 +34,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     for name, module in COMMANDS.items():
-        summary = (module.__doc__ or "").splitlines()[0]
-        command = commands.add_parser(
-            name, help=summary, description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+        summary, _, more = (module.__doc__ or "").partition("\n")
+        raw = argparse.RawDescriptionHelpFormatter
+        command = commands.add_parser(name, help=summary, description=summary, epilog=more.strip(), formatter_class=raw)
         module.add_arguments(command)
         command.set_defaults(execute=module.execute)
     return parser

@@ -99,6 +99,14 @@ def read_state(directory: Path) -> dict[str, Any] | None:
     return None
 
 
+def living(home: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """List the directories of the servers that run, with what their keepers wrote."""
+    states = [(directory, read_state(directory)) for directory in sorted((home / "servers").glob("*"))]
+    return [
+        (place, state) for place, state in states if state and (is_alive(state["server"]) or is_alive(state["keeper"]))
+    ]
+
+
 def kept_for(lease: int) -> float:
     """Read the longest keeping time that the users of this server asked for."""
     return max(map(float, os.pread(lease, 65536, 0).split()), default=0.0)

@@ -250,12 +250,7 @@ async def stop_servers(home: Path) -> list[dict[str, Any]]:
 
 def server_status(home: Path) -> list[dict[str, Any]]:
     """Describe the embedded servers that run."""
-    rows = []
-    for directory in sorted((home / "servers").glob("*")):
-        state = keeper.read_state(directory)
-        if state and (keeper.is_alive(state["server"]) or keeper.is_alive(state["keeper"])):
-            rows.append(describe(directory, state))
-    return rows
+    return [describe(directory, state) for directory, state in keeper.living(home)]
 
 
 def describe(directory: Path, state: dict[str, Any]) -> dict[str, Any]:

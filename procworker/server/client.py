@@ -171,6 +171,22 @@ class Client:
             found += await self._read(list[models.FlowRun], "POST", "/flow_runs/filter", json=body, **options)
         return found
 
+    async def read_flow_runs_by_name(self, name: str, limit: int) -> list[models.FlowRun]:
+        """List runs of this name, as many as the limit says."""
+        body = {"flow_runs": {"name": {"any_": [name]}}, "limit": limit}
+        return await self._read(list[models.FlowRun], "POST", "/flow_runs/filter", json=body)
+
+    async def read_logs(
+        self, flow_run_id: UUID, limit: int, offset: int = 0, after: datetime | None = None, newest_first: bool = False
+    ) -> list[models.Log]:
+        """List lines of a run's log by their time, from a time on; at most PAGE of them."""
+        only: JSON = {"flow_run_id": {"any_": [str(flow_run_id)]}}
+        if after is not None:
+            only["timestamp"] = {"after_": after.astimezone(timezone.utc).isoformat()}
+        sort = "TIMESTAMP_DESC" if newest_first else "TIMESTAMP_ASC"
+        body = {"logs": only, "sort": sort, "limit": min(limit, PAGE), "offset": offset}
+        return await self._read(list[models.Log], "POST", "/logs/filter", json=body)
+
     async def read_flow_run_states(self, flow_run_id: UUID, **options: Unpack[Options]) -> list[models.State]:
         """List the states that a run went through, oldest first."""
         params = {"flow_run_id": str(flow_run_id)}

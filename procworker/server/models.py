@@ -147,6 +147,16 @@ class Variable(Shape):
     value: Any = None
 
 
+class Log(Shape):
+    """One line of a run's log."""
+
+    id: UUID
+    name: str = ""
+    level: int = 20
+    message: str = ""
+    timestamp: datetime
+
+
 class OrchestrationResult(Shape):
     """What the server made of a proposed state: ACCEPT, REJECT, ABORT or WAIT."""
 

@@ -1,7 +1,7 @@
 """What runs on this host, on disk: one private directory per flow run, with its record and its output.
 
     HOME/runs/<flow run id>.<nonce>/   run.json, stdout, stderr
-    HOME/workers/<id>                  locked by the worker as long as it lives
+    HOME/workers/<id>                  locked by the worker as long as it lives; in it stands how it is
 
 A record names the worker that owns it. Who can lock a dead worker's file may take its records over, by writing its own
 id into them. Whether a process is the one of a record is never a question of its pid alone, since containers may share
@@ -15,7 +15,6 @@ import logging
 import os
 import shutil
 import socket
-import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -27,18 +26,17 @@ from uuid import UUID, uuid4
 
 import psutil
 
+from procworker.system.records import JSON, VERSION, read_record, read_told, write_record
+from procworker.system.wishes import Wish, take_wish
+
 try:
     import fcntl
 except ImportError:  # Windows: nothing is taken over there
     fcntl = None  # type: ignore[assignment]
 
-JSON = dict[str, Any]
-
-VERSION = 1
 NEW = ".new-"
 """Begins the name of a directory that has no record yet."""
 STALE_SECONDS = 3600.0
-LARGEST = 1024 * 1024
 
 logger = logging.getLogger(__name__)
 
@@ -93,8 +91,10 @@ class Page:
     def write(self, **changes: Any) -> None:
         """Change fields of the record; where that is impossible it is at least known to us."""
         self.data |= changes
+        if "phase" in changes:
+            self.data["times"] = {**self.data.get("times", {}), changes["phase"]: time.time()}
         try:
-            _write(self.path, self.data)
+            write_record(self.path, self.data)
         except OSError as error:
             if self.kept:
                 text = "%s cannot be written: this run is not safe from our death (%s)"
@@ -119,6 +119,8 @@ class Journal:
         self._pages: dict[str, Page] = {}
         self._lock = -1
         self._complained: set[str] = set()
+        self._told: JSON = {}
+        self._touched = 0
         self.owner = uuid4().hex
 
     def page(self, flow_run_id: UUID, **facts: Any) -> Page:
@@ -129,13 +131,14 @@ class Journal:
         if page := self._pages.get(str(flow_run_id)):
             return page
         own = {"version": VERSION, "owner": self.owner, "place": here(), "flow_run_id": str(flow_run_id)}
-        name, data, kept = f"{flow_run_id}.{uuid4().hex}", {**facts, **own}, True
+        times = {facts["phase"]: time.time()} if "phase" in facts else {}
+        name, data, kept = f"{flow_run_id}.{uuid4().hex}", {**facts, **own, "times": times}, True
         try:
             self._hold()
             path = self._home / "runs" / name
             new = path.with_name(NEW + name)
             _make_private(new)
-            _write(new, data)
+            write_record(new, data)
             new.rename(path)
         except OSError as error:
             self._complain("home", "%s cannot be written, runs are not safe from our death: %s", self._home, error)
@@ -148,16 +151,47 @@ class Journal:
     def has(self, flow_run_id: UUID) -> bool:
         return str(flow_run_id) in self._pages
 
+    def introduce(self, **facts: Any) -> None:
+        """Remember who we are, for our file to say so as soon as there is one."""
+        self._told |= facts
+
+    def tell(self, state: JSON) -> None:
+        """Let our file say how we are (plain data, no secrets), beside what was told before; never raises."""
+        told = self._told | state
+        if self._lock < 0 or told != self._told:
+            self._told = told
+            with suppress(OSError):  # who writes down the first run will complain
+                self._hold()
+                self._show()
+
+    def wishes(self) -> list[tuple[UUID, Wish]]:
+        """Return what was asked of our runs since the last look; one stat, for who asks touches our file."""
+        try:
+            touched = os.stat(self._home / "workers" / self.owner).st_mtime_ns
+        except OSError:
+            return []
+        if touched == self._touched:
+            return []
+        self._touched = touched
+        asked = [(page.data, wish) for page in self._pages.values() if (wish := take_wish(page.path))]
+        return [(UUID(data["flow_run_id"]), wish) for data, wish in asked if data.get("phase") != "ended"]
+
     def take_over(self, api: str, pool: str | None) -> list[Page]:
         """Make the pages that dead workers left for this API and pool (or for none) our own.
 
         What is corrupt, newer, somebody else's or of another place is left alone; each is named once.
         """
+        self._sweep()
         return self._take_all(lambda data: data.get("api") == api and data.get("pool") in (pool, None))
 
     def take_over_from(self, owner: str) -> list[Page]:
         """Make the pages of one dead worker our own, but for those that the next start shall go on with."""
         return self._take_all(lambda data: data["owner"] == owner and data.get("orphans") != "adopt")
+
+    def take_over_run(self, flow_run_id: str, owner: str) -> Page | None:
+        """Make the page of one run of a dead worker our own; None when that worker lives, or somebody was faster."""
+        pages = self._take_all(lambda data: (data["flow_run_id"], data["owner"]) == (flow_run_id, owner))
+        return pages[0] if pages else None
 
     def _take_all(self, is_wanted: Callable[[JSON], bool]) -> list[Page]:
         """Take everything of a dead worker under one lock: whoever gets it, nothing is overlooked or taken twice."""
@@ -179,6 +213,8 @@ class Journal:
     def close(self) -> None:
         """Let go: what is left may be taken over."""
         if self._lock >= 0:
+            with suppress(OSError):
+                os.ftruncate(self._lock, 0)  # our process may go on
             os.close(self._lock)
             self._lock = -1
         if not self._pages:
@@ -195,6 +231,24 @@ class Journal:
             _make_private(place.parent)
             self._lock = os.open(place, os.O_RDWR | os.O_CREAT, 0o600)
             try_lock(self._lock)
+            self._show()
+
+    def _show(self) -> None:
+        """Write our file anew, in place, since it is locked; as one line, so that half of it is known as such."""
+        line = json.dumps({**self._told, "version": VERSION, "owner": self.owner, "place": here()}).encode() + b"\n"
+        with suppress(OSError):
+            os.lseek(self._lock, 0, os.SEEK_SET)
+            os.write(self._lock, line)
+            os.ftruncate(self._lock, len(line))
+
+    def _sweep(self) -> None:
+        """Clear away the files of workers that died with nothing in hand. An empty one may be about to be locked."""
+        with suppress(OSError):
+            for place in list((self._home / "workers").iterdir()):
+                told = read_told(place)
+                if told and place.name != self.owner and told["place"].get("host") == here()["host"]:
+                    with self._locked(place.name):
+                        pass
 
     def _forget(self, page: Page) -> None:
         self._pages = {id: other for id, other in self._pages.items() if other is not page}
@@ -214,7 +268,7 @@ class Journal:
                         shutil.rmtree(path, ignore_errors=True)
                 continue
             try:
-                data = _read(path)
+                data = read_record(path)
             except FileNotFoundError:
                 continue  # its worker has just removed it
             except (OSError, ValueError, RecursionError) as error:
@@ -226,19 +280,20 @@ class Journal:
     def _take(self, path: Path, owner: str) -> Page | None:
         """Become the owner of a record whose dead owner's lock we hold; None when somebody else was faster."""
         try:
-            data = _read(path)
+            data = read_record(path)
             # A second record of the same run waits for the next start.
             if data["owner"] != owner or data["flow_run_id"] in self._pages or self._is_in_other_container(path, data):
                 return None
             self._hold()
             page = Page(path, data, self._forget)
             page.write(owner=self.owner)
-            if _read(path)["owner"] != self.owner:  # it could not be written
+            if read_record(path)["owner"] != self.owner:  # it could not be written
                 return None
         except (OSError, ValueError) as error:
             self._complain(path.name, "%s is left alone: %s", path, error)
             return None
         self._pages[data["flow_run_id"]] = page
+        self._touched = 0  # what was asked of the dead worker is asked of us
         return page
 
     def _is_of_other_host(self, path: Path, data: JSON) -> bool:
@@ -284,46 +339,12 @@ class Journal:
             logger.warning(text, *values)
 
 
-def _read(path: Path) -> JSON:
-    """Read a record; ValueError says why it cannot be ours to judge."""
-    file = path / "run.json"
-    status = file.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError("its run.json is no file")
-    if hasattr(os, "getuid") and status.st_uid != os.getuid():
-        raise ValueError("it belongs to another user")
-    if status.st_size > LARGEST:
-        raise ValueError("its run.json is too large")
-    data = json.loads(file.read_bytes())
-    if not isinstance(data, dict) or not isinstance(data.get("version"), int):
-        raise ValueError("its run.json is no record")
-    if data["version"] > VERSION:
-        raise ValueError(f"a newer procworker wrote it (version {data['version']})")
-    for key, kind in {"owner": str, "place": dict, "flow_run_id": str}.items():
-        if not isinstance(data.get(key), kind):
-            raise ValueError(f"its run.json has no {key}")
-    if not data["owner"].isalnum():
-        raise ValueError("its owner is no name")
-    if not {"host", "boot", "namespace"} <= data["place"].keys():
-        raise ValueError("its place is none")
-    return data
-
-
 def _make_private(path: Path) -> None:
     """Make a directory and what is missing above it, for ourselves alone whatever our umask is."""
     missing = [place for place in (path, *path.parents) if not place.exists()]
     for place in reversed(missing):
         with suppress(FileExistsError):
             place.mkdir(mode=0o700)
-
-
-def _write(path: Path, data: JSON) -> None:
-    """Replace the record as a whole; after a power cut an older one may stand there."""
-    new = path / "run.json.new"
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with open(descriptor, "w") as file:
-        file.write(json.dumps(data))  # json.dump would do it in Python
-    new.replace(path / "run.json")
 
 
 def _is_at(descriptor: int, place: Path) -> bool:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import NAMESPACE_OID, UUID, uuid4, uuid5
 
 from procworker.testing.messages import Request
 from procworker.testing.model import Model
 from procworker.testing.routing import Answer, Refused, body, checked, find, fits, limit_of, route
-from procworker.testing.rows import TYPES, Row, Run, State, new_state, now
+from procworker.testing.rows import TYPES, Row, Run, State, new_state, now, parse_time
 
 NEW_RUN = (
     "name state parameters context tags empirical_policy idempotency_key parent_task_run_id infrastructure_document_id"
@@ -107,6 +107,18 @@ class RunRoutes(Model):
         allowed = "flow_run_id task_run_id worker_id" if self.cloud else "flow_run_id task_run_id"
         self.logs += [checked(record, allowed, "name level message timestamp") for record in request.json]
         return 201, None
+
+    @route("POST", "/logs/filter")
+    def _filter_logs(self, request: Request) -> Answer:
+        given = body(request, "logs sort limit offset")
+        only = checked(given.get("logs") or {}, "flow_run_id task_run_id timestamp level")
+        period = checked(only.get("timestamp") or {}, "after_ before_")
+        rows = [{"id": uuid5(NAMESPACE_OID, str(place)), **row} for place, row in enumerate(self.logs)]
+        rows = [row for row in rows if fits(row.get("flow_run_id"), only.get("flow_run_id"))]
+        if after := period.get("after_"):
+            rows = [row for row in rows if parse_time(row["timestamp"]) >= parse_time(after)]
+        rows.sort(key=lambda row: parse_time(row["timestamp"]), reverse=given.get("sort") == "TIMESTAMP_DESC")
+        return 200, rows[given.get("offset") or 0 :][: limit_of(given)]
 
     @route("POST", "/artifacts")
     def _create_artifact(self, request: Request) -> Answer:

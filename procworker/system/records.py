@@ -1,0 +1,62 @@
+"""Read and write what a journal has on disk: the record of a run, and what a worker's file says of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from procworker.system.wishes import NO_LINK
+
+JSON = dict[str, Any]
+
+VERSION = 1
+LARGEST = 1024 * 1024
+
+
+def read_record(path: Path) -> JSON:
+    """Read a record; ValueError says why it cannot be ours to judge."""
+    file = path / "run.json"
+    status = file.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("its run.json is no file")
+    if hasattr(os, "getuid") and status.st_uid != os.getuid():
+        raise ValueError("it belongs to another user")
+    if status.st_size > LARGEST:
+        raise ValueError("its run.json is too large")
+    data = json.loads(file.read_bytes())
+    if not isinstance(data, dict) or not isinstance(data.get("version"), int):
+        raise ValueError("its run.json is no record")
+    if data["version"] > VERSION:
+        raise ValueError(f"a newer procworker wrote it (version {data['version']})")
+    for key, kind in {"owner": str, "place": dict, "flow_run_id": str}.items():
+        if not isinstance(data.get(key), kind):
+            raise ValueError(f"its run.json has no {key}")
+    if not data["owner"].isalnum():
+        raise ValueError("its owner is no name")
+    if not {"host", "boot", "namespace"} <= data["place"].keys():
+        raise ValueError("its place is none")
+    return data
+
+
+def read_told(place: Path) -> JSON | None:
+    """Read what a worker's file says of it; None where it says nothing (yet, or no longer)."""
+    try:
+        with open(os.open(place, os.O_RDONLY | NO_LINK), "rb") as file:
+            line, end, _ = file.read(LARGEST).partition(b"\n")
+        told = json.loads(line) if end else None
+    except (OSError, ValueError, RecursionError):
+        return None
+    is_ours = isinstance(told, dict) and isinstance(told.get("place"), dict) and told.get("version") == VERSION
+    return told if is_ours else None
+
+
+def write_record(path: Path, data: JSON) -> None:
+    """Replace the record as a whole; after a power cut an older one may stand there."""
+    new = path / "run.json.new"
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with open(descriptor, "w") as file:
+        file.write(json.dumps(data))  # json.dump would do it in Python
+    new.replace(path / "run.json")
