@@ -292,9 +292,9 @@ def test_a_missing_pool_is_created_for_processes(server: Beside) -> None:
 @pytest.mark.parametrize(
     ("paused", "flags", "says"),
     [
-        ("pool", [], "Work pool 'pool' is paused"),
-        ("queue", [], "All work queues of 'pool' are paused"),
-        ("queue", ["-q", "default"], "All given work queues of 'pool' are paused"),
+        ("pool", [], "work pool 'pool' is paused, resume it"),
+        ("queue", [], "all work queues that it polls are paused, resume them: 'default'"),
+        ("queue", ["-q", "default"], "all work queues that it polls are paused, resume them: 'default'"),
     ],
 )
 def test_what_is_paused_is_told(
@@ -303,7 +303,7 @@ def test_what_is_paused_is_told(
     thing = server.pools["pool"] if paused == "pool" else server.queue_in("pool")
     thing.is_paused = True
     assert code_of("start", "-p", "pool", "--run-once", *flags) == 0
-    assert says in capsys.readouterr().out
+    assert capsys.readouterr().err.count(says) == 1
 
 
 def test_the_health_server_says_where_it_is(

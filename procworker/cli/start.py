@@ -227,7 +227,7 @@ async def _build(settings: Settings, arguments: argparse.Namespace, tally: Tally
 
 
 async def _discover_type(settings: Settings, arguments: argparse.Namespace) -> str:
-    """Take the type asked for, else the pool's; warn where the pool or its queues are paused."""
+    """Take the type asked for, else the pool's."""
     from procworker.cli.common import say
     from procworker.errors import ConfigurationError, ObjectNotFound, Unreachable
     from procworker.server.client import Client
@@ -240,7 +240,6 @@ async def _discover_type(settings: Settings, arguments: argparse.Namespace) -> s
     async with Client(settings) as client:
         try:
             pool = await client.read_work_pool(arguments.pool, retries=0)
-            queues = await client.read_work_queues(pool.name, arguments.work_queue or None, retries=0)
         except ObjectNotFound:
             if not arguments.create_pool_if_not_found:
                 raise ConfigurationError(
@@ -250,11 +249,6 @@ async def _discover_type(settings: Settings, arguments: argparse.Namespace) -> s
             return arguments.type or "process"
         except Unreachable:
             return arguments.type or "process"  # the worker waits for the server
-    if pool.is_paused:
-        say(f"Work pool {pool.name!r} is paused: nothing runs before it is resumed.")
-    elif queues and all(queue.is_paused for queue in queues):
-        which = "given work queues" if arguments.work_queue else "work queues"
-        say(f"All {which} of {pool.name!r} are paused: nothing runs before one is resumed.")
     if pool.type.endswith((":push", ":managed")) or pool.type == "prefect-agent":
         raise ConfigurationError(
             f"work pool {pool.name!r} is of type {pool.type!r}, which no worker serves: choose another --pool"
