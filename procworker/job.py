@@ -19,7 +19,6 @@ class JobHost(Protocol):
     backend_id: UUID | None
     job_configuration: Any
     extra_variables: ClassVar[frozenset[str]]
-    _work_pool: WorkPool | None
     _base_job_template: dict[str, Any] | None
 
     @classmethod
@@ -27,25 +26,31 @@ class JobHost(Protocol):
     def _inherited_environment(self, configuration: Any) -> dict[str, str]: ...
 
 
-def template_of(host: JobHost) -> dict[str, Any]:
+def template_of(host: JobHost, pool: WorkPool | None) -> dict[str, Any]:
     """The job template that counts: the pool's, or what the worker was given in its place, with our own variables."""
     own = host.get_default_base_job_template()
-    pool = host._work_pool
     template = (pool and pool.base_job_template) or host._base_job_template or own
     return with_extra_variables(template, own, host.extra_variables)
 
 
-async def fill_job(host: JobHost, flow_run: FlowRun, deployment: Deployment | None, resolver: Resolver | None) -> Any:
+async def fill_job(
+    host: JobHost, pool: WorkPool | None, flow_run: FlowRun, deployment: Deployment | None, resolver: Resolver | None
+) -> Any:
     """Compute the job of a run from template and job variables, and from what they refer to on the server."""
     variables = merge_job_variables(deployment.job_variables if deployment else {}, flow_run.job_variables)
-    return await host.job_configuration.from_template_and_values(template_of(host), variables, resolver)
+    return await host.job_configuration.from_template_and_values(template_of(host, pool), variables, resolver)
 
 
 async def prepare_job(
-    host: JobHost, configuration: Any, flow_run: FlowRun, deployment: Deployment | None, flow: Flow | None
+    host: JobHost,
+    pool: WorkPool | None,
+    configuration: Any,
+    flow_run: FlowRun,
+    deployment: Deployment | None,
+    flow: Flow | None,
 ) -> None:
     """Add what depends on host, worker and run: nothing is missing afterwards."""
     # In a thread: it may ask an interpreter which Prefect it has.
     configuration._inherited = await anyio.to_thread.run_sync(host._inherited_environment, configuration)
-    configuration.prepare(flow_run, deployment, flow, host._work_pool, host.name, host.backend_id)
+    configuration.prepare(flow_run, deployment, flow, pool, host.name, host.backend_id)
     configuration._inherited = None

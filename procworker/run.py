@@ -213,15 +213,16 @@ class Run:
 
     async def _configure(self) -> None:
         """Read what the run belongs to, then compute its configuration."""
-        host, flow_run = self._host, self.flow_run
+        # A pool that changes meanwhile changes the next run.
+        host, flow_run, pool = self._host, self.flow_run, self._host._work_pool
         try:
             self.deployment = await self._sources.read(flow_run.deployment_id, host.client.read_deployment)
         except ObjectNotFound as error:
             raise DeploymentGone(without_deployment(flow_run)) from error
         self.flow = await self._sources.read(flow_run.flow_id, host.client.read_flow)
-        configuration = await patiently(partial(fill_job, host, flow_run, self.deployment, host.client))
+        configuration = await patiently(partial(fill_job, host, pool, flow_run, self.deployment, host.client))
         self._configured_command = configuration.command is not None
-        await prepare_job(host, configuration, flow_run, self.deployment, self.flow)
+        await prepare_job(host, pool, configuration, flow_run, self.deployment, self.flow)
         self.configuration = configuration
         self.mask = self.log.mask = mask_of(host._known_secrets | configuration.secrets)
 

@@ -404,7 +404,7 @@ def arranged(server: Beside, **pool: Any) -> None:
     [
         ({"is_paused": True}, ("laptop",), "warn", "is paused", "prefect work-pool resume laptop"),
         ({"concurrency_limit": 0}, ("laptop",), "warn", "limit of 0", "clear-concurrency-limit laptop"),
-        ({"type": "docker"}, ("laptop",), "FAIL", "here are workers for process", "choose another --pool"),
+        ({"type": "docker"}, ("laptop",), "FAIL", "here are workers for ", "choose another --pool"),
         ({"type": "ecs:push"}, ("laptop",), "FAIL", "which no worker serves", "choose another --pool"),
         ({"base_job_template": {"variables": {}}}, ("laptop",), "FAIL", "'job_configuration'", "procworker template"),
         ({}, ("laptop", "cpu"), "FAIL", "has no queue 'cpu'", "its queues are: default, gpu"),

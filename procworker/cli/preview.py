@@ -208,13 +208,17 @@ async def _view(
     reader = Reader(client) if client else None
     settings, environ = worker._settings, dict(os.environ)
     try:
-        configuration = await fill_job(worker, flow_run, deployment, reader)
+        configuration = await fill_job(worker, worker._work_pool, flow_run, deployment, reader)
         of_job, own_command = dict(configuration.env), configuration.command is not None
-        await prepare_job(worker, configuration, flow_run, deployment, flow)
+        await prepare_job(worker, worker._work_pool, configuration, flow_run, deployment, flow)
     except ValidationError as error:  # without its values, which may be secrets
         raise ConfigurationError(one_line(error)) from None
 
-    inputs = Inputs(template_of(worker), deployment.job_variables if deployment else {}, flow_run.job_variables or {})
+    inputs = Inputs(
+        template_of(worker, worker._work_pool),
+        deployment.job_variables if deployment else {},
+        flow_run.job_variables or {},
+    )
     names = _names(worker, flow_run, deployment)
     speaker = job_view.Speaker(
         traced(inputs),

@@ -177,7 +177,12 @@ class Client:
         return await self._read(list[models.FlowRun], "POST", "/flow_runs/filter", json=body)
 
     async def read_logs(
-        self, flow_run_id: UUID, limit: int, offset: int = 0, after: datetime | None = None, newest_first: bool = False
+        self,
+        flow_run_id: UUID,
+        limit: int = PAGE,
+        offset: int = 0,
+        after: datetime | None = None,
+        newest_first: bool = False,
     ) -> list[models.Log]:
         """List lines of a run's log by their time, from a time on; at most PAGE of them."""
         only: JSON = {"flow_run_id": {"any_": [str(flow_run_id)]}}
