@@ -45,6 +45,7 @@ class Host(JobHost, Protocol):
     kept_fields: ClassVar[frozenset[str]]
     _journal: Journal
     _outbox: Outbox | None
+    _work_pool: WorkPool | None
     _known_secrets: frozenset[str]
 
     @property
