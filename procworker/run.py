@@ -29,7 +29,7 @@ from procworker.record import ForgottenPage, Journal, Page, Record
 from procworker.redaction import mask_of
 from procworker.report import Report
 from procworker.server.client import Client
-from procworker.server.models import Deployment, Flow, FlowRun, State, new_state
+from procworker.server.models import Deployment, Flow, FlowRun, State, WorkPool, new_state
 from procworker.server.outbox import Outbox
 from procworker.sources import Sources
 from procworker.submission import FlowRunFuture
