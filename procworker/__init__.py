@@ -7,12 +7,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from procworker.configuration import BaseJobConfiguration, BaseVariables, BaseWorkerResult
-    from procworker.process import (
-        ProcessJobConfiguration,
-        ProcessVariables,
-        ProcessWorker,
-        ProcessWorkerResult,
-    )
+    from procworker.process import ProcessWorker, ProcessWorkerResult
+    from procworker.process_job import ProcessJobConfiguration, ProcessVariables
     from procworker.settings import Settings
     from procworker.worker import BaseWorker
 
@@ -32,7 +28,8 @@ __all__ = [
 
 _HOMES = {
     "configuration": ("BaseJobConfiguration", "BaseVariables", "BaseWorkerResult"),
-    "process": ("ProcessJobConfiguration", "ProcessVariables", "ProcessWorker", "ProcessWorkerResult"),
+    "process": ("ProcessWorker", "ProcessWorkerResult"),
+    "process_job": ("ProcessJobConfiguration", "ProcessVariables"),
     "settings": ("Settings",),
     "worker": ("BaseWorker",),
 }

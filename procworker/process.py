@@ -7,30 +7,28 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from sys import intern
-from typing import Any, Literal
+from typing import Any
 
 import anyio
 from anyio.abc import TaskStatus
-from pydantic import Field, PrivateAttr
 
-from procworker.configuration import BaseJobConfiguration, BaseVariables, BaseWorkerResult
+from procworker.configuration import BaseWorkerResult
 from procworker.errors import InfrastructureNotAvailable, InfrastructureNotFound
 from procworker.exits import explain_exit
 from procworker.outcome import ExitUnknown
+from procworker.process_job import ProcessJobConfiguration, ProcessVariables
 from procworker.redaction import mask_of, names_of, secrets_by
 from procworker.run import CANCEL_GRACE_SECONDS
 from procworker.server.models import FlowRun
 from procworker.settings import Settings
-from procworker.system.child import Child, join_command, parse_command, spawn
+from procworker.system.child import Child, parse_command, spawn
 from procworker.system.control import Control, Session
 from procworker.system.deadman import dead_mans_switch
-from procworker.system.interpreter import Interpreter, find_interpreter, inherited, locate
 from procworker.system.journal import Journal, Page
 from procworker.system.output import Follower, Sink
 from procworker.system.printer import print_line
@@ -42,80 +40,6 @@ from procworker.worker import BaseWorker
 SETTLE_SECONDS, LEFTOVER_GRACE_SECONDS = 0.5, 5.0
 """How long what a flow leaves behind may take to end by itself, and then after SIGTERM."""
 TAIL_WIDTH = 2000
-
-
-class ProcessJobConfiguration(BaseJobConfiguration):
-    """What one flow run process is started with."""
-
-    stream_output: bool = True
-    working_dir: Path | None = None
-    python: str | None = None
-    start_method: Literal["spawn", "fork"] = "spawn"
-    timeout_seconds: float | None = Field(default=None, gt=0)
-    grace_seconds: float | None = Field(default=None, ge=0)
-    leftovers: Literal["kill", "allow"] = "kill"
-
-    _interpreter: Interpreter | None = PrivateAttr(default=None)
-    _age: float = PrivateAttr(default=0.0)
-    """How many seconds ago the process of an adopted run was started."""
-
-    def _base_environment(self) -> dict[str, str]:
-        """Who prepares a job without a worker gets what a worker without options would hand down."""
-        return self._inherit(None, Settings.load()) if self._inherited is None else self._inherited
-
-    def _inherit(self, python: str | None, settings: Settings) -> dict[str, str]:
-        """Our own environment and the settings; a configured command chooses its own Python."""
-        chosen: str | None = None
-        if self.command is None:
-            self._interpreter = find_interpreter(self.python or python, os.environ)
-            chosen = self._interpreter.path
-        elif self.python:
-            chosen = locate(self.python)
-        env = {"PYTHONUNBUFFERED": "1", **inherited(os.environ, chosen), **settings.exported}
-        return {intern(name): intern(value) for name, value in env.items()}  # hundreds of runs share them
-
-    def _base_flow_run_command(self) -> str:  # type: ignore[override]
-        python = self._interpreter.path if self._interpreter else "python"
-        return join_command([python, "-m", "prefect.engine"])
-
-    @property
-    def _is_forkable(self) -> bool:
-        wanted = self.start_method == "fork" and self._interpreter is not None
-        return wanted and self.command == self._base_flow_run_command()
-
-
-class ProcessVariables(BaseVariables):
-    """The job variables of process pools: Prefect's six and procworker's own."""
-
-    stream_output: bool = Field(default=True, description="Print the output of flow runs where the worker prints.")
-    working_dir: Path | None = Field(
-        default=None,
-        title="Working Directory",
-        description="Directory that flow runs start in; by default a new temporary one, removed afterwards.",
-    )
-    python: str | None = Field(
-        default=None,
-        title="Python",
-        description="The Python that runs the flow: a path, a virtual environment or a tox environment directory.",
-    )
-    start_method: Literal["spawn", "fork"] = Field(
-        default="spawn",
-        title="Start Method",
-        description="How the engine is started: by a new Python, or by forking one that has imported it already.",
-    )
-    timeout_seconds: float | None = Field(
-        default=None,
-        title="Timeout",
-        description="Seconds after which a flow run is ended and reported as TimedOut.",
-    )
-    grace_seconds: float | None = Field(
-        default=None,
-        title="Grace",
-        description="Seconds between SIGTERM and SIGKILL on cancel and timeout (30).",
-    )
-    leftovers: Literal["kill", "allow"] = Field(
-        default="kill", description="What to do with processes that a flow leaves behind when it ends."
-    )
 
 
 class ProcessWorkerResult(BaseWorkerResult):
@@ -156,12 +80,23 @@ class ProcessWorker(BaseWorker[ProcessJobConfiguration, ProcessVariables, Proces
 
     _journal: Journal
 
-    def __init__(self, *args: Any, python: str | None = None, sink: Sink = print_line, **options: Any) -> None:
-        """As BaseWorker; `python` runs flows whose job names no other, `sink` takes their output line by line."""
+    def __init__(
+        self,
+        *args: Any,
+        python: str | None = None,
+        sink: Sink = print_line,
+        on_start: Callable[[FlowRun, Family], None] | None = None,
+        **options: Any,
+    ) -> None:
+        """As BaseWorker; `python` runs flows whose job names no other, `sink` takes their output line by line.
+
+        `on_start` is told of the processes of each run that is started.
+        """
         settings = options.pop("settings", None) or Settings.load()
         super().__init__(*args, settings=settings, journal=Journal(settings.state_home), **options)
         self._python = python
         self._sink = sink
+        self._on_start = on_start
         self._live: dict[str, Live] = {}
         self._control = Control()
         self._warm = Warm(settings.state_home)
@@ -222,6 +157,8 @@ class ProcessWorker(BaseWorker[ProcessJobConfiguration, ProcessVariables, Proces
                     known = {**_infrastructure(page), "process": child.identity, **hints}
                     page.write(phase="running", infrastructure=known)
                     live = self._live[str(child.pid)] = Live(child, Family(child.identity, page.name), session)
+                if self._on_start is not None:
+                    self._on_start(flow_run, live.family)
                 return await self._watch(flow_run, configuration, live, page, secrets, task_status)
         finally:
             session.close()

@@ -115,7 +115,7 @@ class Settings(BaseModel, frozen=True, hide_input_in_errors=True, validate_defau
         dotenv, prefect, pyproject = cwd / ".env", cwd / "prefect.toml", cwd / "pyproject.toml"
         layers: list[Layer] = [
             ("environment", env),
-            (dotenv, dict(_dotenv(dotenv))),
+            (dotenv, {key.upper(): value for key, value in read_dotenv(dotenv)}),
             (prefect, dict(_flat("PREFECT_", _read(prefect)))),
             (pyproject, {key[5:]: text for key, text in _flat("", _read(pyproject)) if key[:5] == "TOOL_"}),
         ]
@@ -229,7 +229,8 @@ def _read(path: Path, parse: Callable[[str], Any] = tomllib.loads) -> Any:
         raise ConfigurationError(f"{path} cannot be used: {error}; correct that file") from None
 
 
-def _dotenv(path: Path) -> Iterator[tuple[str, str]]:
+def read_dotenv(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield names and values of a file in dotenv syntax; what is no NAME=VALUE is warned of."""
     text = _read(path, str)
     for line in DOTENV_LINE.finditer(text):
         key, quote, quoted, plain = line.group("key", "quote", "quoted", "plain")
@@ -237,9 +238,9 @@ def _dotenv(path: Path) -> Iterator[tuple[str, str]]:
             log.warning("%s, line %d: ignored, not NAME=VALUE", path, text.count("\n", 0, line.start()) + 1)
         elif quote:
             escape = r"\\[\\']" if quote == "'" else r"\\[\\'\"abfnrtv]"
-            yield key.upper(), re.sub(escape, lambda m: m[0].encode().decode("unicode-escape"), quoted)
+            yield key, re.sub(escape, lambda m: m[0].encode().decode("unicode-escape"), quoted)
         else:
-            yield key.upper(), re.sub(r"\s+#.*", "", plain).strip()
+            yield key, re.sub(r"\s+#.*", "", plain).strip()
 
 
 def _origin(name: str, layers: list[Layer]) -> str:

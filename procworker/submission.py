@@ -168,28 +168,29 @@ async def create_adhoc_run(
     job_variables: Mapping[str, Any] | None,
     transition_id: UUID,
     work_pool_name: str | None,
+    name: str | None = None,
 ) -> FlowRun:
     """Register the flow and a run of it in PENDING, which no poller sees; the child finds its code by itself.
 
     Raises ConfigurationError when a parameter is not JSON.
     """
     parameters = dict(parameters or {})
-    for name, value in parameters.items():
+    for parameter, value in parameters.items():
         try:
             json.dumps(value, allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise ConfigurationError(f"parameter {name!r} cannot be sent as JSON: {error}") from error
+            raise ConfigurationError(f"parameter {parameter!r} cannot be sent as JSON: {error}") from error
     pending = new_state("PENDING", transition_id=transition_id)
     flow_id = await client.create_flow(flow_name(flow, entrypoint), sorted(getattr(flow, "tags", ())))
     try:
         flow_run = await client.create_flow_run(
-            flow_id, parameters=parameters, state=pending, work_pool_name=work_pool_name
+            flow_id, parameters=parameters, state=pending, work_pool_name=work_pool_name, name=name
         )
     except Rejected as error:
         if error.status_code != 422 or work_pool_name is None:
             raise
         # Servers of 2.x keep no pool for runs without a deployment.
-        flow_run = await client.create_flow_run(flow_id, parameters=parameters, state=pending)
+        flow_run = await client.create_flow_run(flow_id, parameters=parameters, state=pending, name=name)
     variables = adhoc_variables(flow, entrypoint, job_variables)
     return flow_run.model_copy(update={"job_variables": variables})
 

@@ -121,12 +121,13 @@ def fake_prefect(place: Path, engine: str = AS_MAIN.format(path=str(ENGINE))) ->
 
 
 def flow_file(path: Path) -> Path:
-    """A file with the flow `hello`; nothing here imports it."""
+    """A file with the flow `hello`, whose parameters cannot be seen; nothing here imports it."""
     path.write_text(
         textwrap.dedent("""\
             from prefect import flow
 
             @flow(name="say-hello")
+            @takes_anything
             def hello(name: str = "world"):
                 print(name)
             """)

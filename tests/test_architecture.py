@@ -43,6 +43,7 @@ LAYERS = [
     {"cancels", "idleness", "intake", "vitals"},
     {"shift"},
     {"worker"},
+    {"process_job"},
     {"process", "local"},
     {"heir"},
     {"cli", "testing"},

@@ -27,7 +27,7 @@ def sentence(error: BaseException) -> str:
     if isinstance(error, Unauthorized):
         return f"the server refuses the credentials, check PREFECT_API_KEY or PREFECT_API_AUTH_STRING: {error}"
     if isinstance(error, Unreachable):
-        return f"the Prefect API cannot be reached, check PREFECT_API_URL and the server: {error}"
+        return f"the Prefect API cannot be reached, check PREFECT_API_URL (most end in /api) and the server: {error}"
     if isinstance(error, ObjectNotFound):
         return f"the server has no such thing, check PREFECT_API_URL (most end in /api): {error}"
     if isinstance(error, ApiError):

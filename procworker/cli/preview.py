@@ -118,7 +118,7 @@ async def _read(
     from uuid import UUID
 
     from procworker.cli.job_view import NEW, NEW_ID
-    from procworker.cli.run import in_current_directory
+    from procworker.cli.order import in_current_directory
     from procworker.errors import ConfigurationError, ObjectNotFound
     from procworker.server.models import Flow, FlowRun
     from procworker.submission import adhoc_variables, entrypoint_of, flow_name
@@ -163,7 +163,7 @@ async def _choose_template(
     """Give the worker the pool that is asked for, or the template of the one that the run belongs to."""
     import logging
 
-    from procworker.cli.run import template_of
+    from procworker.cli.order import pool_template
     from procworker.errors import ConfigurationError, ObjectNotFound
     from procworker.pool import check_type
 
@@ -178,7 +178,7 @@ async def _choose_template(
         check_type(pool, None, worker.type, logging.getLogger(__name__))
         worker._work_pool_name, worker._work_pool = name, pool
     else:
-        worker._base_job_template = template_of(pool)
+        worker._base_job_template = pool_template(pool)
 
 
 async def _view(

@@ -1,11 +1,17 @@
 """Run one flow now, follow it, and exit with its outcome.
 
-TARGET is file.py:flow, package.module:flow, flow/deployment or the id of a flow run. Without PREFECT_API_URL an
-embedded Prefect server is started, and kept for ten minutes after its last use.
+TARGET is file.py:flow, package.module:flow, flow/deployment or the id of a
+flow run. Without PREFECT_API_URL an embedded Prefect server is started, and
+kept for ten minutes after its last use.
 
 Examples:
-  procworker run flows.py:hello -p name=World
-  procworker run etl/nightly -p day='"2026-01-01"'
+  procworker run flows.py:hello -p name=World -p count=3
+  procworker run etl/nightly -p day=2026-01-01 --timeout 600
+  procworker run flows.py:load --env-file .env.test --env DB_PASSWORD
+  procworker run flows.py:hello --python .venv --junit report.xml
+
+On a terminal the last line tells how the run is doing. Ctrl-C cancels it, a
+second Ctrl-C kills it at once.
 """
 
 from __future__ import annotations
@@ -17,10 +23,10 @@ if TYPE_CHECKING:
     from typing import Any
 
     from procworker.cli.junit import Case
+    from procworker.cli.order import Order
     from procworker.process import ProcessWorker
-    from procworker.server.models import FlowRun, WorkPool
+    from procworker.run import Run
     from procworker.settings import Settings
-    from procworker.submission import FlowRunFuture
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +48,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="a job variable, such as env.NAME=<< $NAME >>; VALUE as above; may be repeated",
     )
+    add(
+        "--env",
+        action="append",
+        default=[],
+        metavar="NAME[=VALUE]",
+        help="an environment variable of the flow; NAME alone takes it from here, which keeps its value out of the list"
+        " of processes; may be repeated",
+    )
+    add(
+        "--env-file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="environment variables from a file in .env syntax; --env wins; may be repeated",
+    )
+    add("--timeout", type=float, metavar="S", help="end the run after so many seconds, as TimedOut (exit code 1)")
+    add("--name", metavar="NAME", help="name of the flow run (default: the server makes one up)")
     add("--python", metavar="PATH", help="Python that runs the flow: a path, a venv or tox env directory")
     add(
         "--startup-timeout",
@@ -81,30 +104,33 @@ async def _run(settings: Settings, arguments: argparse.Namespace, case: Case) ->
 
     from procworker.cli.common import embedded, say, signals_counted, wait_for_server
     from procworker.cli.errors import FAILED, UNKILLED
+    from procworker.cli.live import Live
+    from procworker.cli.meter import Meter
+    from procworker.cli.order import submit, template_of
+    from procworker.cli.places import check_places
     from procworker.cli.receipt import children_cpu_seconds, receipt
+    from procworker.cli.terminal import Terminal
     from procworker.process import ProcessWorker
-    from procworker.submission import entrypoint_of
-    from procworker.system.interpreter import find_interpreter
     from procworker.system.subreaper import subreaper
-    from procworker.template import fill_environment
 
-    parameters = parse_pairs(arguments.param, "parameter")
-    job_variables = fill_environment(parse_pairs(arguments.job_variable, "job variable"), os.environ)
-    kind = kind_of(arguments.target)
-    if kind == "entrypoint":
-        entrypoint_of(arguments.target)  # a typing error shows before a server is started for it
-    if kind == "entrypoint" or arguments.python:
-        find_interpreter(arguments.python, os.environ)  # and a Python without Prefect before a flow run is made
+    order = _order(arguments)
+    check_places(settings.state_home)
     passing = os.environ.get("CI") or os.environ.get("TOX_ENV_DIR")  # nobody comes back soon
     keep = not passing if arguments.keep is None else arguments.keep
     worker: ProcessWorker | None = None
     code = 1
+    terminal, meter = Terminal(), Meter()
+    live = Live(terminal, meter, os.environ)
 
     def interrupt(number: int) -> None:
-        if worker is not None and worker.runs:
-            worker.cancel_all(None if len(received) < 2 else 0.0)
-        else:
+        if worker is None or not worker.runs:
             preparing.cancel()  # there is nothing to end yet
+            return
+        at_once = len(received) > 1
+        live.ask("Killing" if at_once else "Cancelling")
+        for run in worker.runs.values():
+            say(_how_it_ends(run, at_once), "stderr")
+        worker.cancel_all(0.0 if at_once else None)
 
     received: list[int] = []
     with anyio.CancelScope() as preparing:
@@ -114,21 +140,86 @@ async def _run(settings: Settings, arguments: argparse.Namespace, case: Case) ->
                 await wait_for_server(settings, arguments.startup_timeout)
             else:
                 settings = await stack.enter_async_context(embedded(settings, arguments.python, keep))
-            template = await _template(settings, kind, arguments.target)
-            options = {"python": arguments.python, "settings": settings, "base_job_template": template}
+            template = await template_of(settings, order)
+            options: dict[str, Any] = {"python": arguments.python, "settings": settings, "base_job_template": template}
+            options |= {"sink": live.take, "on_start": lambda _, family: meter.watch(family)}
             worker = ProcessWorker(None, **options, orphans="kill")
             await stack.enter_async_context(worker)
             began, cpu = time.monotonic(), children_cpu_seconds()
-            future = await _submit(worker, kind, arguments.target, parameters, job_variables)
+            future = await submit(worker, order)
             run = worker.runs[future.flow_run_id]
-            await future.wait_async()
+            async with anyio.create_task_group() as beside:
+                beside.start_soon(meter.run)
+                beside.start_soon(live.show, run, worker.client)
+                await future.wait_async()
+                beside.cancel_scope.cancel()
             seconds = time.monotonic() - began
-            say(receipt(run, seconds, children_cpu_seconds() - cpu))
+            used = None if cpu is None else (children_cpu_seconds() or 0.0) - cpu
+            say(receipt(run, seconds, used, meter, terminal))
             case.ended(run, seconds)
             code = 0 if run.final_state is not None and run.final_state.type == "COMPLETED" else FAILED
     if worker is not None and worker.unkilled:
         return UNKILLED
     return 128 + received[0] if received else code
+
+
+def _how_it_ends(run: Run, at_once: bool) -> str:
+    """Say what a signal has set going, and what another one would do."""
+    from procworker.run import CANCEL_GRACE_SECONDS
+
+    name = run.flow_run.name
+    if at_once:
+        return f"Killing flow run {name!r} at once"
+    own = getattr(run.configuration, "grace_seconds", None)
+    grace = CANCEL_GRACE_SECONDS if own is None else own
+    return f"Cancelling flow run {name!r}, which may take {grace:g} s; a second Ctrl-C kills it at once"
+
+
+def _order(arguments: argparse.Namespace) -> Order:
+    """Read and check the command line; raises ConfigurationError."""
+    import os
+
+    from procworker.cli.environment import given_environment
+    from procworker.cli.order import Order
+    from procworker.errors import ConfigurationError
+    from procworker.submission import entrypoint_of
+    from procworker.system.interpreter import find_interpreter
+    from procworker.template import fill_environment
+
+    target: str = arguments.target
+    parameters = parse_pairs(arguments.param, "parameter")
+    job_variables = fill_environment(parse_pairs(arguments.job_variable, "job variable"), os.environ)
+    if not isinstance(job_variables.get("env", {}), dict):
+        raise ConfigurationError("the job variable 'env' must be an object: write env.NAME=VALUE")
+    own_variables: dict[str, Any] = {}
+    if arguments.timeout is not None:
+        if not 0 < arguments.timeout < float("inf"):
+            raise ConfigurationError(f"--timeout must be a number of seconds above 0, not {arguments.timeout:g}")
+        own_variables["timeout_seconds"] = arguments.timeout
+    if env := given_environment(arguments.env_file, arguments.env, os.environ):
+        own_variables["env"] = env
+    kind = kind_of(target)
+    if kind == "entrypoint":
+        entrypoint_of(target)  # a typing error shows before a server is started for it
+    if kind == "entrypoint" or arguments.python:
+        # And a Python without Prefect before a flow run is made.
+        interpreter = find_interpreter(arguments.python, os.environ)
+        if kind == "entrypoint" and not job_variables.keys() & {"working_dir", "command"}:
+            from procworker.cli.parameters import check_entrypoint
+
+            path = env.get("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
+            check_entrypoint(target, parameters, path, interpreter.prefect_version)
+    if kind == "flow run" and (given := _given_of(arguments)):
+        raise ConfigurationError(
+            f"an existing flow run has its parameters and job variables already: leave out {given}"
+        )
+    return Order(target, kind, parameters, job_variables, own_variables, arguments.name)
+
+
+def _given_of(arguments: argparse.Namespace) -> str:
+    """Name an option that makes no sense for a flow run that exists already."""
+    given = {"--param": arguments.param, "--job-variable": arguments.job_variable, "--name": arguments.name}
+    return next((option for option, value in given.items() if value), "")
 
 
 def kind_of(target: str) -> str:
@@ -170,67 +261,3 @@ def parse_pairs(pairs: list[str], what: str) -> dict[str, Any]:
         except (ValueError, RecursionError):
             found[key] = value
     return found
-
-
-def in_current_directory(job_variables: dict[str, Any]) -> dict[str, Any]:
-    """A file or module runs where we are, unless it is told otherwise."""
-    import os
-
-    return {"working_dir": os.getcwd(), **job_variables}
-
-
-def template_of(pool: WorkPool) -> dict[str, Any] | None:
-    """The job template of a pool, if it is one of processes."""
-    return pool.base_job_template if pool.type == "process" else None
-
-
-async def _template(settings: Settings, kind: str, target: str) -> dict[str, Any] | None:
-    """The job template of the pool that the deployment or run belongs to, if that is a pool of processes."""
-    from uuid import UUID
-
-    from procworker.errors import ConfigurationError, ObjectNotFound
-    from procworker.server.client import Client
-
-    if kind == "entrypoint":
-        return None
-    async with Client(settings) as client:
-        try:
-            found = await (
-                client.read_deployment_by_name(target) if kind == "deployment" else client.read_flow_run(UUID(target))
-            )
-        except ObjectNotFound:
-            raise ConfigurationError(f"the server has no {kind} {target!r}") from None
-        if not found.work_pool_name:
-            return None
-        pool = await client.read_work_pool(found.work_pool_name)
-        return template_of(pool)
-
-
-async def _submit(
-    worker: ProcessWorker, kind: str, target: str, parameters: dict[str, Any], job_variables: dict[str, Any]
-) -> FlowRunFuture:
-    from uuid import UUID, uuid4
-
-    from procworker.errors import ConfigurationError
-    from procworker.server.models import new_state
-
-    if kind == "entrypoint":
-        return await worker.submit(target, parameters, in_current_directory(job_variables))
-    if kind == "deployment":
-        transition_id = uuid4()
-        deployment = await worker.client.read_deployment_by_name(target)
-        pending = new_state("PENDING", transition_id=transition_id)
-        given: Any = {"job_variables": job_variables} if job_variables else {}
-        flow_run: FlowRun = await worker.client.create_flow_run_from_deployment(
-            deployment.id, parameters=parameters, state=pending, **given
-        )
-        return await worker.execute(flow_run, transition_id)
-    if parameters or job_variables:
-        text = "an existing flow run has its parameters and job variables already: leave out"
-        raise ConfigurationError(f"{text} {'--param' if parameters else '--job-variable'}")
-    existing = await worker.client.read_flow_run(UUID(target))
-    if existing.state_type != "SCHEDULED":
-        raise ConfigurationError(
-            f"flow run {existing.name!r} is {existing.state_name}: only a scheduled one can be run"
-        )
-    return await worker.execute(existing)

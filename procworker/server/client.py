@@ -228,6 +228,15 @@ class Client:
         body = _given(idempotency_key=str(uuid4()), **run)
         return await self._read(models.FlowRun, "POST", path, json=body)
 
+    async def count_task_runs(
+        self, flow_run_id: UUID, types: Iterable[str] | None = None, **options: Unpack[Options]
+    ) -> int:
+        """Count the task runs of a run, or those whose state has one of the types."""
+        body: JSON = {"flow_runs": {"id": {"any_": [str(flow_run_id)]}}}
+        if types is not None:
+            body["task_runs"] = {"state": {"type": {"any_": list(types)}}}
+        return await self._read(int, "POST", "/task_runs/count", json=body, **options)
+
     async def create_flow(self, name: str, tags: Sequence[str] = ()) -> UUID:
         """Register a flow, unless the server knows it, and return its id."""
         return (await self._read(models.Flow, "POST", "/flows/", json={"name": name, "tags": list(tags)})).id

@@ -23,6 +23,22 @@ PATIENCE_SECONDS = 2.0
 """How long the end of a program waits for a reader that takes nothing."""
 PUMP_SECONDS = 0.5
 BATCH = 32 * 1024
+ERASE = b"\r\x1b[K"
+
+
+class _Footer:
+    """A line below all others on a terminal: it goes and comes back in the same write as what is printed above it."""
+
+    def __init__(self) -> None:
+        self.text = b""
+        self.is_news = False
+        self._drawn = False
+
+    def around(self, lines: bytes) -> bytes:
+        """Return what puts these lines where the footer was, and the footer below them."""
+        before = ERASE if self._drawn else b""
+        self.is_news, self._drawn = False, bool(self.text)
+        return before + lines + self.text
 
 
 class _Queue:
@@ -42,15 +58,19 @@ class _Queue:
             self.size -= len(oldest)
             self._dropped += oldest.count(b"\n")
 
-    def next(self) -> bytes:
+    def next(self, footer: _Footer | None = None) -> bytes:
         """What is to be written first; empty when nothing waits."""
-        if not self.rest and self._dropped:
+        if self.rest:
+            return self.rest
+        if self._dropped:
             self.rest = b"[procworker: %d lines were dropped here, nobody read them]\n" % self._dropped
             self._dropped = 0
-        elif not self.rest and self._texts:
+        elif self._texts:
             self.rest = b"".join(self._texts)
             self._texts.clear()
             self.size = 0
+        if footer is not None and (self.rest or footer.is_news):
+            self.rest = footer.around(self.rest)
         return self.rest
 
 
@@ -60,6 +80,7 @@ class Printer:
     def __init__(self, limit: int = LIMIT) -> None:
         self._limit = limit
         self._queues: dict[tuple[int, int], _Queue] = {}  # by file: stdout and stderr may be one pipe
+        self._footers: dict[tuple[int, int], _Footer] = {}
         self._lock = threading.RLock()  # any thread may log
         self._batched = False
         self._filling: dict[str, tuple[TextIO, _Queue]] = {}  # by stream, while what is printed there is batched
@@ -101,6 +122,20 @@ class Printer:
             if (file := _file(stream)) is not None:
                 self._write(file, text)
 
+    def footer(self, line: str, stream: str = "stdout") -> None:
+        """Keep this line, which must not be wider than the terminal, below all that is printed; "" takes it away."""
+        with self._lock, suppress(OSError, ValueError):
+            if (file := _file(stream)) is None or not _is_plain(file):
+                return
+            place = _place(file)
+            footer, text = self._footers.setdefault(place, _Footer()), line.encode(file.encoding, "replace")
+            if text == footer.text:
+                return
+            footer.text, footer.is_news = text, True
+            self._queues.setdefault(place, _Queue())
+            if not self._batched:
+                self._go_on(file)
+
     def flush(self) -> bool:
         """Write what waits, as far as it is taken at once; return whether nothing is left. Raises nothing."""
         with self._lock:
@@ -141,9 +176,10 @@ class Printer:
         if not _is_plain(file) or (queue := self._queues.get(place := _place(file))) is None:
             return True
         self._filling.clear()
+        footer = self._footers.get(place)
         try:
             with _Outlet(file.fileno()) as outlet:
-                while data := queue.next():
+                while data := queue.next(footer):
                     queue.rest = data[outlet.write(data) :]
         except BlockingIOError:
             return False

@@ -271,7 +271,8 @@ class Family:
         self._session_open &= leader is None or leader.process == self.root
         untouchable = _untouchable()  # whoever descends from them need not descend from us
         ours = {pid for pid, entry in entries.items() if self._is_ours(pid, entry, seen)} - untouchable
-        self._session_open &= any(entries[pid].session == self.root.pid for pid in ours)
+        if leader is None or leader.session == self.root.pid:  # else it has just been forked, and leads none yet
+            self._session_open &= any(entries[pid].session == self.root.pid for pid in ours)
         queue = list(ours)
         while queue:
             children = set(seen.children.get(queue.pop(), ())) - ours - untouchable

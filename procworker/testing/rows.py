@@ -78,6 +78,7 @@ class Deployment(Item):
     tags: list[str] = field(default_factory=list)
     pull_steps: list[Row] | None = None
     parameter_openapi_schema: Row = field(default_factory=dict)
+    enforce_parameter_schema: bool = True
     paused: bool = False
     concurrency_limit: int | None = None
     concurrency_options: Row | None = None

@@ -8,7 +8,7 @@ from uuid import UUID
 
 from procworker.testing.messages import Request
 from procworker.testing.model import Model
-from procworker.testing.routing import Answer, find, route
+from procworker.testing.routing import Answer, body, find, fits, route
 from procworker.testing.rows import Item, Row, State, new_state
 
 
@@ -69,6 +69,14 @@ class TaskRoutes(Model):
         self.task_runs[task.id] = task
         self.changed()
         return 201, task.row()
+
+    @route("POST", "/task_runs/count")
+    def _count_task_runs(self, request: Request) -> Answer:
+        given = body(request, "flows flow_runs task_runs deployments")
+        runs = (given.get("flow_runs") or {}).get("id")
+        types = ((given.get("task_runs") or {}).get("state") or {}).get("type")
+        found = (t for t in self.task_runs.values() if fits(str(t.flow_run_id), runs) and fits(t.state.type, types))
+        return 200, sum(1 for _ in found)
 
     @route("GET", "/task_runs/{id}")
     def _read_task_run(self, request: Request, id: str) -> Answer:
