@@ -10,7 +10,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from commands import FAST, TEMPLATE, Command, code_of
+from commands import FAST, TEMPLATE, Command, code_of, fake_prefect, flow_file
 from misbehave import survivors
 
 from procworker.cli.ci import Ci, detect, markdown
@@ -247,3 +247,19 @@ def test_a_summary_that_cannot_be_written_is_said_and_changes_nothing(server: Be
     with Command(tmp_path / "cwd", *DRAIN, **environ) as worker:
         assert worker.wait() == 0
     assert "GITHUB_STEP_SUMMARY" in worker.err
+
+
+@pytest.mark.slow
+def test_run_speaks_to_ci_too(server: Beside, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flow_file(tmp_path / "flows.py")
+    summary = tmp_path / "summary.md"
+    environ = {"GITHUB_ACTIONS": "true", "GITHUB_STEP_SUMMARY": str(summary)}
+    environ["PYTHONPATH"] = str(fake_prefect(tmp_path / "packages"))
+    with Command(tmp_path, "run", "flows.py:hello", "-p", "do=fail", "-p", 'print=["here"]', **environ) as command:
+        assert command.wait() == 1, command.err
+    first, second, *rest = command.out.splitlines()
+    assert (first, second) == ("::group::run-1", "run-1 | here")
+    assert "::endgroup::" in rest
+    (problem,) = [line for line in rest if line.startswith("::error ")]
+    assert problem == "::error title=flows%3A flow run hello is Failed::the flow failed"
+    assert "| hello | flows | Failed |" in summary.read_text()

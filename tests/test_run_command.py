@@ -117,7 +117,7 @@ def test_a_line_at_the_bottom_tells_how_the_run_is_doing(
     assert all(len(line) < columns for line in drawn), "it never wraps"
     assert plain(receipt).startswith("Cancelled: ")
     first, *rest = [line.rstrip() for line in terminal.screen]
-    assert first.startswith("run-1 | 12:00:00.123 | INFO    | Flow run 'run-1' - Loading")
+    assert first.startswith("12:00:00.123 | INFO    | Flow run 'run-1' - Loading")
     assert not [line for line in rest if re.search(r"\| (Preparing|Starting|Running|Cancelling) ", line)], "it has gone"
     assert environ == {} or not re.search(r"\x1b\[[0-9;]*m", terminal.written)
 
@@ -137,9 +137,11 @@ def test_a_dumb_terminal_and_a_pipe_get_plain_lines(server: Beside, place: Path,
     with Command(tmp_path / "pipe", "run", str(place / "flows.py:hello"), *said) as command:
         assert command.wait() == 0
     for name, text in (("run-1", terminal.written), ("run-2", command.out)):
-        *lines, last = plain_lines(text)
-        assert lines == [f"{name} | first", f"{name} | second"]
-        assert last.startswith(f"Completed: flow run {name!r} (")
+        first, second, receipt, *rest = plain_lines(text)
+        assert [first, second] == [f"{name} | first", f"{name} | second"]
+        assert receipt.startswith(f"Completed: flow run {name!r} (")
+        assert all(line.startswith("  ") for line in rest)
+        assert not rest or name == "run-1", "a pipe gets whole lines"
     assert command.err == ""
     assert not server.seen("POST", "/task_runs/count"), "who shows no counts asks for none"
 
@@ -179,7 +181,7 @@ def test_ctrl_c_cancels_and_says_so(server: Beside, place: Path) -> None:
     lines = terminal.screen
     assert "Cancelling flow run 'run-1', which may take 30 s; a second Ctrl-C kills it at once" in "".join(lines)
     end = next(number for number, line in enumerate(lines) if line.startswith("Cancelled: "))
-    receipt = "".join(lines[end:])
+    receipt = " ".join(line.strip() for line in lines[end:])
     assert re.search(r"2 processes, exit -?\d+, 2 ended, 0 left behind\)", receipt)
     assert last_run(server).state.type == "CANCELLED"
 
@@ -194,7 +196,7 @@ def test_a_second_ctrl_c_kills_at_once_and_says_so(server: Beside, place: Path) 
         terminal.type(b"\x03")
         terminal.until("Killing flow run 'run-1' at once")
         assert terminal.wait(10) == 130
-    assert "exit -9, 1 ended, 0 left behind)" in "".join(terminal.screen)
+    assert "exit -9, 1 ended, 0 left behind)" in " ".join(line.strip() for line in terminal.screen)
 
 
 # The receipt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -16,7 +17,8 @@ from procworker.errors import Unreachable
 from procworker.outcome import Reason
 from procworker.run import Run
 from procworker.server.client import Client
-from procworker.system.printer import PRINTER, print_line
+from procworker.system.output import Sink
+from procworker.system.printer import PRINTER
 
 DRAW_SECONDS, FIRST_SECONDS, ASK_SECONDS, PATIENCE_SECONDS = 0.5, 1.0, 2.0, 5.0
 COST = 10
@@ -32,9 +34,11 @@ TYPES = {"completed": ["COMPLETED"], "running": ["RUNNING"], "failed": ["FAILED"
 class Live:
     """What is known of a run right now, as one line that is drawn anew in place; nothing at all without a terminal."""
 
-    def __init__(self, terminal: Terminal, meter: Meter, environ: Mapping[str, str]) -> None:
-        self._terminal, self._meter = terminal, meter
+    def __init__(self, terminal: Terminal, meter: Meter, environ: Mapping[str, str], sink: Sink) -> None:
+        """`sink` takes the run's lines."""
+        self._terminal, self._meter, self._sink = terminal, meter, sink
         self._is_shown = terminal.is_live and not environ.get("CI")  # the log of a CI job is read later
+        self._has_name_below = {"stdout": self._is_shown, "stderr": self._is_shown and Terminal(sys.stderr).is_live}
         self._run: Run | None = None
         self._began = time.monotonic()
         self._state = ""
@@ -44,9 +48,11 @@ class Live:
         self._asked = ""
 
     def take(self, stream: str, line: str) -> None:
-        """Print a line of the run, and keep it."""
-        print_line(stream, line)
+        """Print a line of the run (without its name, where the line at the bottom has it), and keep it."""
         self._last = line
+        if self._run is not None and self._has_name_below[stream]:
+            line = line.removeprefix(f"{self._run.flow_run.name} | ")
+        self._sink(stream, line)
 
     async def show(self, run: Run, client: Client) -> None:
         """Draw the line until cancelled, and take it away."""

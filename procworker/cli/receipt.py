@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 
+from procworker.cli.layout import lines_of
 from procworker.cli.meter import Meter, size
 from procworker.cli.terminal import Terminal
 from procworker.run import Run
@@ -44,9 +45,9 @@ def receipt(run: Run, wall: float, cpu: float | None, meter: Meter, terminal: Te
     parts += _remains(run, meter)
     why = run.claim.refusal if state is None else state.message if state.type != "COMPLETED" else None
     why = None if why == CANCELLED else why
-    message = "".join(f"\n{run.mask(text)}" for text in (why, _advice(run)) if text)
-    painted = terminal.paint(name, COLOURS.get(state.type, "bold") if state else "red")
-    return f"{painted}: flow run {run.flow_run.name!r} ({', '.join(parts)}){message}"
+    colour = COLOURS.get(state.type, "bold") if state else "red"
+    lines = lines_of(terminal, [(name, colour), (f": flow run {run.flow_run.name!r} ({', '.join(parts)})", "")], 2)
+    return "\n".join([*lines, *(run.mask(text) for text in (why, _advice(run)) if text)])
 
 
 def _advice(run: Run) -> str | None:

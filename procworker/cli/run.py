@@ -22,7 +22,7 @@ TYPE_CHECKING = False  # see procworker/__init__.py
 if TYPE_CHECKING:
     from typing import Any
 
-    from procworker.cli.junit import Case
+    from procworker.cli.junit import Suite
     from procworker.cli.order import Order
     from procworker.process import ProcessWorker
     from procworker.run import Run
@@ -90,11 +90,12 @@ def execute(arguments: argparse.Namespace) -> int:
     settings = Settings.load(profile=arguments.profile)
     set_up_logging(settings, "WARNING" if settings.logging_level == "INFO" else None)
     case = Case.of_target(arguments.target)
-    with reported(arguments.junit, Suite(case)):
-        return run_loop(_run, settings, arguments, case)
+    suite = Suite(case)
+    with reported(arguments.junit, suite):
+        return run_loop(_run, settings, arguments, suite)
 
 
-async def _run(settings: Settings, arguments: argparse.Namespace, case: Case) -> int:
+async def _run(settings: Settings, arguments: argparse.Namespace, suite: Suite) -> int:
     """Run the target on a worker of its own, which has no pool, and print how it went."""
     import os
     import time
@@ -102,6 +103,7 @@ async def _run(settings: Settings, arguments: argparse.Namespace, case: Case) ->
 
     import anyio
 
+    from procworker.cli.ci import detect
     from procworker.cli.common import embedded, say, signals_counted, wait_for_server
     from procworker.cli.errors import FAILED, UNKILLED
     from procworker.cli.live import Live
@@ -109,8 +111,10 @@ async def _run(settings: Settings, arguments: argparse.Namespace, case: Case) ->
     from procworker.cli.order import submit, template_of
     from procworker.cli.places import check_places
     from procworker.cli.receipt import children_cpu_seconds, receipt
+    from procworker.cli.tally import Tally
     from procworker.cli.terminal import Terminal
     from procworker.process import ProcessWorker
+    from procworker.system.printer import print_line
     from procworker.system.subreaper import subreaper
 
     order = _order(arguments)
@@ -120,7 +124,8 @@ async def _run(settings: Settings, arguments: argparse.Namespace, case: Case) ->
     worker: ProcessWorker | None = None
     code = 1
     terminal, meter = Terminal(), Meter()
-    live = Live(terminal, meter, os.environ)
+    tally = Tally(suite, detect(os.environ, say), print_line, one_at_a_time=True)
+    live = Live(terminal, meter, os.environ, tally.print_line)
 
     def interrupt(number: int) -> None:
         if worker is None or not worker.runs:
@@ -155,8 +160,12 @@ async def _run(settings: Settings, arguments: argparse.Namespace, case: Case) ->
                 beside.cancel_scope.cancel()
             seconds = time.monotonic() - began
             used = None if cpu is None else (children_cpu_seconds() or 0.0) - cpu
-            say(receipt(run, seconds, used, meter, terminal))
+            (case,) = suite.cases
             case.ended(run, seconds)
+            tally.add(run, case)
+            say(receipt(run, seconds, used, meter, terminal))
+            if trouble := tally.close():
+                say(trouble, "stderr")
             code = 0 if run.final_state is not None and run.final_state.type == "COMPLETED" else FAILED
     if worker is not None and worker.unkilled:
         return UNKILLED

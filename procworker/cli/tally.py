@@ -7,7 +7,7 @@ from collections import Counter
 import anyio
 
 from procworker.cli.ci import Ci, Row
-from procworker.cli.junit import Suite
+from procworker.cli.junit import Case, Suite
 from procworker.run import Run
 from procworker.system.output import Sink
 
@@ -32,10 +32,10 @@ class Tally:
             self._ci.begin(line.partition(" | ")[0])
         self._sink(stream, self._ci.line(line))
 
-    def add(self, run: Run) -> None:
-        """A run is over."""
+    def add(self, run: Run, case: Case | None = None) -> None:
+        """A run is over; it has a case of its own, or becomes one."""
         seconds = max(0.0, anyio.current_time() - run.answered_at)
-        case = self._suite.add(run, seconds)
+        case = case or self._suite.add(run, seconds)
         state = run.final_state
         name = (state.name or state.type.title()) if state else "Unknown"
         kind, type, message, _ = case.problem or ("", "", "", "")
