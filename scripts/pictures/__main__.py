@@ -122,6 +122,7 @@ def draw_preview(environ: dict[str, str], place: str, columns: int) -> str:
 
 def draw_doctor(environ: dict[str, str], place: str, columns: int) -> str:
     with closing(terminal_of(["doctor"], environ, place, columns, lines=60)) as terminal:
+        terminal.left_out = "container:"
         terminal.finish()
         return terminal.svg()
 

@@ -28,6 +28,8 @@ class Terminal:
         self._title = " ".join(["procworker", *argv])
         self.names: dict[str, str] = {}
         """What is drawn in the place of paths that exist on this machine only."""
+        self.left_out = ""
+        """A line that holds this is not drawn, unless it is empty: it would tell of this machine only."""
         self.screen = pyte.Screen(columns, lines)
         self._stream = pyte.ByteStream(self.screen)
         self._fd, slave = pty.openpty()
@@ -75,7 +77,9 @@ class Terminal:
 
     def svg(self) -> str:
         """Draw the screen as it is now, without its empty end."""
-        used = len(self.text.splitlines())
+        lines = self.screen.display[: len(self.text.splitlines())]
+        shown = [y for y, line in enumerate(lines) if not (self.left_out and self.left_out in line)]
+        used = len(shown)
         width, height = self.screen.columns * COLUMN + 2 * MARGIN, (used + 1) * LINE + 2 * MARGIN
         size = f'width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}"'
         style = f'font-family="ui-monospace, Menlo, Consolas, monospace" font-size="13" fill="{FOREGROUND}"'
@@ -87,11 +91,11 @@ class Terminal:
             else f"{self._title[: self.screen.columns - 8]} ..."
         )
         parts.append(_text(0, 0, f"$ {title}", f'fill="{DIM}"'))
-        for y in range(used):
-            parts += self._line(y)
+        for place, y in enumerate(shown, 1):
+            parts += self._line(y, place)
         return "\n".join([*parts, "</svg>", ""])
 
-    def _line(self, y: int) -> list[str]:
+    def _line(self, y: int, place: int) -> list[str]:
         """Pieces of one style each."""
         row, parts, start = self.screen.buffer[y], [], 0
         for x in range(1, self.screen.columns + 1):
@@ -102,7 +106,7 @@ class Terminal:
                 if text.strip():
                     colour = COLOURS.get(row[start].fg)
                     style = f'fill="{colour}"' if colour else ""
-                    parts.append(_text(start, y + 1, text, style + (' font-weight="bold"' if row[start].bold else "")))
+                    parts.append(_text(start, place, text, style + (' font-weight="bold"' if row[start].bold else "")))
                 start = x
         return parts
 
