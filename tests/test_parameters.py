@@ -22,6 +22,15 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def prefect() -> Any:
+    """The installed Prefect, whose verdicts ours are compared with."""
+    prefect = pytest.importorskip("prefect", reason="compares with an installed Prefect 3.8: there is none here")
+    if not prefect.__version__.startswith("3.8."):
+        pytest.skip(f"compares with Prefect 3.8, and here is {prefect.__version__}")
+    return prefect
+
+
 def refusal(function: str, given: dict[str, Any], version: str = "3.8.8", head: str = HEAD) -> str:
     """What is said about these parameters of the flow f; empty when they pass."""
     Path("flows.py").write_text(head + function)
@@ -99,8 +108,7 @@ ANNOTATIONS += ["Any", "tuple[int, int]", "list[Any]", "int | Unknown"]
 
 
 @pytest.mark.parametrize("annotation", ANNOTATIONS)
-def test_prefect_is_never_outdone(annotation: str) -> None:
-    prefect = pytest.importorskip("prefect")
+def test_prefect_is_never_outdone(prefect: Any, annotation: str) -> None:
     import typing
 
     space = {**vars(typing), "t": typing, "Unknown": dict, "flow": prefect.flow}
@@ -275,9 +283,8 @@ def test_a_schema_of_itself_ends() -> None:
     assert deployed({"a": 1}, schema=schema) == ""
 
 
-def test_no_schema_refuses_what_prefects_server_takes() -> None:
+def test_no_schema_refuses_what_prefects_server_takes(prefect: Any) -> None:
     """With schemas that Prefect makes, and the check of its server."""
-    pytest.importorskip("prefect")
     from prefect.utilities.callables import parameter_schema
     from prefect.utilities.schema_tools.validation import is_valid
 
