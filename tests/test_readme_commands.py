@@ -6,11 +6,15 @@ import argparse
 import configparser
 import re
 import shlex
+import signal
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from commands import FAST, TEMPLATE, Command, fake_prefect
 
 from procworker.cli import COMMANDS, build_parser
+from procworker.testing import Beside, serving
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.rst").read_text(encoding="utf-8")
@@ -96,3 +100,60 @@ def test_the_unit_for_systemd_leaves_flows_to_the_worker() -> None:
     assert unit["Service"]["KillMode"] == "process"
     assert unit["Service"]["ExecStart"].endswith("procworker start --pool laptop")
     assert int(unit["Service"]["TimeoutStopSec"]) > 10 + 10 + 10
+
+
+# They do what they say
+
+
+CODES = {
+    "procworker run flows.py:hello -p cuont=3": 2,  # it shows what is said of a typing error
+    "procworker doctor --python .venv --server": 1,  # there is no .venv here
+}
+FLOWS = """
+from prefect import flow
+
+
+@flow
+def hello(name: str = "you", count: int = 1, cell: str = ""): ...
+"""
+ENDLESS = ("procworker start --pool laptop", "procworker status --watch")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", commands())
+def test_a_command_that_is_shown_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    """In a directory that has what the README speaks of, on a server that knows it."""
+    place = tmp_path / "place"
+    (place / "package").mkdir(parents=True)
+    (place / "flows.py").write_text(FLOWS)
+    (place / "package" / "module.py").write_text(FLOWS)
+    monkeypatch.setenv("PYTHONPATH", str(fake_prefect(tmp_path / "prefect")))
+    monkeypatch.setenv("TEAM", "data team")
+    with serving() as server:
+        environ = {**FAST, "PREFECT_API_URL": server.url}
+        for pool in ("laptop", "ci"):
+            server.add_pool(pool, base_job_template=TEMPLATE)
+        for flow, name in (("hello", "nightly"), ("etl", "nightly")):
+            server.add_deployment(name, flow=flow, pool="laptop")
+        server.schedule(server.add_deployment("due", flow="hello", pool="ci"))
+        argv = shlex.split(command, comments=True)[1:]
+        if match := re.search(r"[0-9a-f]{8}-[0-9a-f-]{27}", command):
+            known = server.schedule(server.add_deployment("known", pool="laptop"))
+            argv[argv.index(match[0])] = str(known)
+        with ExitStack() as stack:
+            if argv[0] in ("logs", "stop"):
+                argv = [*argv[:1], running(stack, server, place, environ), *argv[2:]]
+            with Command(place, *argv, **environ) as shown:
+                if command in ENDLESS:
+                    shown.until_it_says("started!" if argv[0] == "start" else "Nothing runs here.")
+                    shown.send(signal.SIGINT)
+                assert shown.wait(60) == CODES.get(command, 0), shown.out + shown.err
+    assert "Traceback" not in shown.err
+
+
+def running(stack: ExitStack, server: Beside, place: Path, environ: dict[str, str]) -> str:
+    """The id of a flow run that runs here for some seconds."""
+    id = server.schedule(server.add_deployment("here", pool="laptop"), parameters={"do": "sleep", "seconds": 4})
+    stack.enter_context(Command(place.parent / "worker", "start", "--pool", "laptop", "--run-once", **environ))
+    server.wait_state(id, "RUNNING")
+    return str(id)
