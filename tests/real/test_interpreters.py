@@ -15,12 +15,11 @@ import pytest
 from conftest import a_python
 from harness import Api, Place, Worker, working
 
-import procworker
 from procworker.testing import serving
 
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.package]
 
-ROOT = Path(procworker.__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FLOWS = '''
 import json
 import os
