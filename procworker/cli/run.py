@@ -98,6 +98,7 @@ def execute(arguments: argparse.Namespace) -> int:
 async def _run(settings: Settings, arguments: argparse.Namespace, suite: Suite) -> int:
     """Run the target on a worker of its own, which has no pool, and print how it went."""
     import os
+    import socket
     import time
     from contextlib import AsyncExitStack
 
@@ -147,6 +148,7 @@ async def _run(settings: Settings, arguments: argparse.Namespace, suite: Suite) 
                 settings = await stack.enter_async_context(embedded(settings, arguments.python, keep))
             template = await template_of(settings, order)
             options: dict[str, Any] = {"python": arguments.python, "settings": settings, "base_job_template": template}
+            options["name"] = f"run-{socket.gethostname()}-{os.getpid()}"
             options |= {"sink": live.take, "on_start": lambda _, family: meter.watch(family)}
             worker = ProcessWorker(None, **options, orphans="kill")
             await stack.enter_async_context(worker)
