@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import sys
 import termios
 from collections.abc import Callable, Iterator
@@ -13,6 +14,9 @@ import pytest
 from procworker.system.printer import Printer
 
 
+SILENCE_SECONDS = 0.1
+
+
 @contextmanager
 def terminal() -> Iterator[Callable[[], str]]:
     """stdout and stderr on one terminal; what was written to it since the last call."""
@@ -21,10 +25,10 @@ def terminal() -> Iterator[Callable[[], str]]:
     with os.fdopen(slave, "w") as out, os.fdopen(os.dup(slave), "w") as err:
 
         def written() -> str:
-            try:
-                return os.read(master, 1 << 16).decode().replace("\r\n", "\n")
-            except BlockingIOError:
-                return ""
+            data = b""
+            while select.select([master], [], [], SILENCE_SECONDS)[0]:  # the kernel hands it over in its own time
+                data += os.read(master, 1 << 16)
+            return data.decode().replace("\r\n", "\n")
 
         before = sys.stdout, sys.stderr
         sys.stdout, sys.stderr = out, err

@@ -51,7 +51,7 @@ WORK = {
 
 HARMLESS = re.compile(
     # Addresses; what is made of sets of texts, whose order is that of their hashes; names for one process alone.
-    r"_?ctypes:|tokenize:|pydantic\._internal\._known_annotated_metadata:|opentelemetry\.\S+_KEY$"
+    r"_?ctypes:|tokenize:|pydantic\.v1\.env_settings:env_file_sentinel|pydantic\._internal\._known_annotated_metadata:|opentelemetry\.\S+_KEY$"
     r"|threading:_main_thread\._ident|prefect\._internal\.control_listener:_owner_thread_id|runpy:"
 )
 """State of modules that all forks of a zygote may have in common."""
