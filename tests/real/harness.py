@@ -101,7 +101,8 @@ class Api:
         return list(self("POST", "/logs/filter", body))
 
     def until_final(self, *runs: str, seconds: float = 240.0) -> list[dict[str, Any]]:
-        """Wait until all runs have a final state; return them."""
+        """Wait until all runs have a final state (many of them longer); return them."""
+        seconds = max(seconds, 4.0 * len(runs))
         deadline = time.monotonic() + seconds
         while waiting := [run for run in self.read_all(list(runs)) if run["state_type"] not in FINAL]:
             if time.monotonic() > deadline:
