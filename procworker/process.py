@@ -242,7 +242,8 @@ class ProcessWorker(BaseWorker[ProcessJobConfiguration, ProcessVariables, Proces
         )
 
     def _print(self, name: str, stream: str, line: str) -> None:
-        self._sink(stream, f"{name} | {line}")
+        # A line end in a name would begin a line that is nobody's: in CI that could be a command.
+        self._sink(stream, f"{name if name.isprintable() else ascii(name)[1:-1]} | {line}")
 
     async def _announce_cancel(self, identifier: str) -> None:
         if live := self._live.get(identifier):

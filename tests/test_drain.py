@@ -263,3 +263,14 @@ def test_run_speaks_to_ci_too(server: Beside, tmp_path: Path, monkeypatch: pytes
     (problem,) = [line for line in rest if line.startswith("::error ")]
     assert problem == "::error title=flows%3A flow run hello is Failed::the flow failed"
     assert "| hello | flows | Failed |" in summary.read_text()
+
+
+@pytest.mark.slow
+def test_no_name_of_a_run_is_a_command(server: Beside, tmp_path: Path) -> None:
+    flow_file(tmp_path / "flows.py")
+    environ = {"GITHUB_ACTIONS": "true", "PYTHONPATH": str(fake_prefect(tmp_path / "packages"))}
+    evil = "::error::one\n::error::two"
+    with Command(tmp_path, "run", "flows.py:hello", "-p", 'print=["here"]', "--name", evil, **environ) as command:
+        assert command.wait() == 0, command.err
+    assert not [line for line in command.out.splitlines() if line.startswith("::error")], command.out
+    assert " ::error::one\\n::error::two | here" in command.out

@@ -13,7 +13,6 @@ import pytest
 
 from procworker.system.printer import Printer
 
-
 SILENCE_SECONDS = 0.1
 
 

@@ -392,3 +392,11 @@ def test_a_trace_fails_only_where_filling_fails(env: Any) -> None:
     )
     assert traced(inputs).filled == inputs.filled()
     assert traced(inputs).of("env", "E") == [("defaults", ("env", "E"))]
+
+
+def test_parameters_are_checked_as_run_checks_them(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "checked.py").write_text("from prefect import flow\n\n@flow\ndef sized(count: int): ...\n")
+    assert code_of("preview", "checked.py:sized", "-p", "cuont=3") == 2
+    assert "has no parameter 'cuont'; did you mean 'count'?" in capsys.readouterr().err
+    assert code_of("preview", "checked.py:sized", "-p", "count=3") == 0
+    assert code_of("preview", "checked.py:sized") == 0, "the job alone"

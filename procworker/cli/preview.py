@@ -95,8 +95,24 @@ async def _look(settings: Settings, arguments: argparse.Namespace) -> View:
             settings = _at_embedded_server(settings, arguments.python)
         worker = ProcessWorker(None, name="<new>", python=arguments.python, settings=settings)
         read = await _read(client, kind, arguments.target, parameters, variables)
+        if parameters:  # without any, the job alone is asked for
+            _check(arguments, kind, parameters, read[1])
         await _choose_template(worker, client, arguments.pool, *read[:2])
         return await _view(worker, client, arguments, variables, *read)
+
+
+def _check(arguments: argparse.Namespace, kind: str, parameters: dict[str, Any], deployment: Deployment | None) -> None:
+    """Refuse what `run` would refuse; raises ConfigurationError."""
+    import os
+
+    from procworker.cli.parameters import check_deployment, check_entrypoint
+    from procworker.system.interpreter import find_interpreter
+
+    if kind == "entrypoint":
+        version = find_interpreter(arguments.python, os.environ).prefect_version
+        check_entrypoint(arguments.target, parameters, os.environ.get("PYTHONPATH", ""), version)
+    elif kind == "deployment" and deployment is not None:
+        check_deployment(arguments.target, deployment, parameters)
 
 
 def _at_embedded_server(settings: Settings, python: str | None) -> Settings:
