@@ -204,7 +204,7 @@ async def _build(settings: Settings, arguments: argparse.Namespace, tally: Tally
     cls = worker_class(await _discover_type(settings, arguments))
     own: dict[str, Any] = {}
     if issubclass(cls, ProcessWorker):
-        own["sink"] = tally.print_line
+        own |= {"sink": tally.print_line} if ends else {}
         at_once = ends or os.environ.get("CI") or os.environ.get(COOKIE)
         own["orphans"] = arguments.orphans or ("kill" if at_once else "adopt")
     if arguments.python:
