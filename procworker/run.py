@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from logging import Logger
 from typing import Any, ClassVar, Protocol
 from uuid import UUID, uuid4
 
@@ -358,12 +359,19 @@ class Run:
             self.log.error(text, self.flow_run.name, later, "the server did not answer in time")
 
 
-def resumed(host: Host, page: Page, logger_of: Callable[[FlowRun], RunLogger]) -> Run:
-    """Return the run that a dead worker wrote down on this page; raises ValidationError."""
-    record = Record.model_validate(page.data)
-    flow_run = FlowRun(id=record.flow_run_id, name=record.flow_run_name)
-    log = logger_of(flow_run)
-    run = Run(host, flow_run, log, Sources(), anyio.current_time(), record.transition_id)
-    run.resume(page, record, f"The worker {record.worker!r} died, and the flow run was ended for that.")
-    log.info("Going on with flow run %r of the worker %r, which has died", flow_run.name, record.worker)
-    return run
+def resumed(
+    host: Host, pages: Sequence[Page], logger_of: Callable[[FlowRun], RunLogger], logger: Logger
+) -> Iterator[Run]:
+    """Yield the runs that dead workers wrote down on these pages; what cannot be read is left alone."""
+    for page in pages:
+        try:
+            record = Record.model_validate(page.data)
+            flow_run = FlowRun(id=record.flow_run_id, name=record.flow_run_name)
+            log = logger_of(flow_run)
+            run = Run(host, flow_run, log, Sources(), anyio.current_time(), record.transition_id)
+            run.resume(page, record, f"The worker {record.worker!r} died, and the flow run was ended for that.")
+        except ValidationError as error:
+            logger.warning("A record of a dead worker cannot be read and is left alone: %s", one_line(error))
+            continue
+        log.info("Going on with flow run %r of the worker %r, which has died", flow_run.name, record.worker)
+        yield run

@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-import abc
-import builtins
 import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
 from datetime import datetime, timedelta, timezone
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 from uuid import UUID, uuid4
 
 import anyio
-from anyio.abc import TaskGroup, TaskStatus
-from pydantic import ValidationError
+from anyio.abc import TaskGroup
 
 from procworker.cancels import CancelWatch
 from procworker.configuration import C, R, V
 from procworker.errors import ConfigurationError, ObjectNotFound, Unreachable, single
 from procworker.health import health_server
 from procworker.idleness import Idleness
+from procworker.infrastructure import Infrastructure
 from procworker.intake import IDLE_POLL_SECONDS, Intake
 from procworker.logs import RunLogger, run_context
 from procworker.loops import Loop, Moved
-from procworker.outcome import ExitUnknown, Reason, one_line
+from procworker.outcome import Reason
 from procworker.pool import check_type, fill_empty_template, read_or_create
 from procworker.record import Journal, NoJournal, Page
 from procworker.redaction import mask_of
-from procworker.registry import WorkerType
 from procworker.run import CANCEL_GRACE_SECONDS, Run, resumed
 from procworker.server import events
 from procworker.server.client import Client
@@ -49,20 +46,11 @@ T = TypeVar("T")
 LAST_WORDS_SECONDS = 5.0
 
 
-class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
+class BaseWorker(Infrastructure[C, V, R], Generic[C, V, R]):
     """Base of all workers: everything between a work pool and `run`.
 
     A flow run goes poll -> admit -> claim -> configure -> run -> report -> forget; what follows admit is in run.py.
     """
-
-    job_configuration: builtins.type[C]
-    job_configuration_variables: builtins.type[V] | None
-    extra_variables: ClassVar[frozenset[str]] = frozenset()
-    """Job variables that a pool made by Prefect does not know; added to its template when it has none of them."""
-    ends_with_run: ClassVar[bool] = False
-    """Whether nothing of a flow run is left when `run` returns or raises."""
-    kept_fields: ClassVar[frozenset[str]] = frozenset()
-    """What of a job configuration is written down, for whoever takes the run over; nothing that may hold a secret."""
 
     def __init__(
         self,
@@ -169,34 +157,6 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
         level = logging.getLevelName(self._settings.logging_level)
         return RunLogger(extra, ship, level, mask_of(self._known_secrets))
 
-    # What a subclass says
-
-    @abc.abstractmethod
-    async def run(self, flow_run: FlowRun, configuration: C, task_status: TaskStatus[Any] | None = None) -> R:
-        """Run one flow run to its end.
-
-        Call `task_status.started(identifier)` as soon as the infrastructure exists; return how it ended.
-        """
-
-    async def kill_infrastructure(
-        self, infrastructure_pid: str, configuration: C, grace_seconds: float = CANCEL_GRACE_SECONDS
-    ) -> None:
-        """End what `run` started, politely for at most grace_seconds; called again, the grace gets shorter.
-
-        Raises InfrastructureNotFound or InfrastructureNotAvailable. Without an override, `run` itself is cancelled.
-        """
-        raise NotImplementedError(f"workers of type {self.type!r} cannot end what they start")
-
-    async def _reattach(self, flow_run: FlowRun, configuration: C, task_status: TaskStatus[Any]) -> R:
-        """Do for a run that a dead worker started what `run` does after the start, with what its record tells.
-
-        Raises ExitUnknown when it is over, for a child of somebody else tells nobody how it ended.
-        """
-        raise ExitUnknown(f"Workers of type {self.type!r} cannot go on with a run that another one started.")
-
-    async def _announce_cancel(self, identifier: str) -> None:
-        """Tell what runs there that the end which comes next is a cancel."""
-
     def _signature(self) -> dict[str, Any]:
         """What this worker's records have in common."""
         return {
@@ -205,10 +165,6 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
             "worker": self.name,
             "orphans": self._orphans,
         }
-
-    def _inherited_environment(self, configuration: C) -> dict[str, str]:
-        """What a job's `env` is laid over."""
-        return dict(self._settings.exported)
 
     # Life
 
@@ -356,13 +312,8 @@ class BaseWorker(WorkerType, abc.ABC, Generic[C, V, R]):
 
     def _resume(self, pages: Sequence[Page]) -> None:
         """Go on with what dead workers left, each run as its own worker wanted it."""
-        for page in pages:
-            try:
-                run = resumed(self, page, self.get_flow_run_logger)
-            except ValidationError as error:
-                self._logger.warning("A record of a dead worker cannot be read and is left alone: %s", one_line(error))
-            else:
-                self._admit(run)
+        for run in resumed(self, pages, self.get_flow_run_logger, self._logger):
+            self._admit(run)
 
     async def submit(
         self, flow: Any, parameters: dict[str, Any] | None = None, job_variables: dict[str, Any] | None = None

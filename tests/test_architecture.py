@@ -40,7 +40,7 @@ LAYERS = [
     {"job", "record", "report", "sources"},
     {"claim"},
     {"run"},
-    {"cancels", "idleness", "intake", "vitals"},
+    {"cancels", "idleness", "infrastructure", "intake", "vitals"},
     {"shift"},
     {"worker"},
     {"process_job"},
@@ -53,7 +53,7 @@ LAYERS = [
 
 NO_PROCESSES = {
     *("configuration", "outcome", "pool", "registry", "submission", "job", "record", "report", "sources"),
-    *("claim", "run", "cancels", "idleness", "intake", "shift", "vitals", "worker"),
+    *("claim", "run", "cancels", "idleness", "infrastructure", "intake", "shift", "vitals", "worker"),
 }
 """Parts that could import system/ by their place, but must not know that processes exist."""
 
@@ -66,7 +66,7 @@ PLUGIN = "procworker.testing.plugin"
 """The one module that may know pytest, for it is pytest that imports it."""
 
 LONGEST = 400
-LONGER = {"worker.py": 474}
+LONGER = {"worker.py": 422}
 """Files that are still too long, with the lines they have now: a number may fall, and no name may be added."""
 
 
