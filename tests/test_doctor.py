@@ -24,11 +24,10 @@ import anyio
 import pytest
 from commands import FAST, ROOT, code_of, fake_prefect
 
-from procworker.cli import check_host
-from procworker.cli.check_python import Flows, embedded_server
-from procworker.cli.check_server import Server, ask, clock, versions
-from procworker.cli.doctor import _of_server
-from procworker.cli.findings import Finding, guarded
+from procworker.cli.doctor import _of_server, check_host
+from procworker.cli.doctor.check_python import Flows, embedded_server
+from procworker.cli.doctor.check_server import Server, ask, clock, versions
+from procworker.cli.doctor.findings import Finding, guarded
 from procworker.settings import Settings
 from procworker.system.journal import Journal
 from procworker.testing import Beside, serving
@@ -569,7 +568,7 @@ def test_containers_and_ci(tmp_path: Path) -> None:
 def test_few_open_files(capsys: pytest.CaptureFixture[str]) -> None:
     code = (
         "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 512))\n"
-        "from procworker.cli.check_host import open_files\n"
+        "from procworker.cli.doctor.check_host import open_files\n"
         "print(open_files()[0].status, open_files()[0].text)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -657,7 +656,7 @@ def test_a_mistake_with_start_is_one_line_that_names_the_remedy(
 @pytest.mark.parametrize(
     ("url", "text"),
     [
-        ("http://127.0.0.1:{port}/api", "check PREFECT_API_URL and the server: "),
+        ("http://127.0.0.1:{port}/api", "check PREFECT_API_URL (most end in /api) and the server: "),
         ("http://127.0.0.1:{port}/api", "(PREFECT_API_URL is http://127.0.0.1:{port}/api)"),
         ("http://no-such-host.invalid/api", "(PREFECT_API_URL is http://no-such-host.invalid/api)"),
     ],

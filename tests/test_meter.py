@@ -12,7 +12,7 @@ import anyio
 import psutil
 import pytest
 
-from procworker.cli.meter import Meter, size
+from procworker.cli.run.meter import Meter, size
 from procworker.system.tree import Entry, Family, Process, identify
 
 BUSY = "import time\nwhile time.process_time() < 0.3: pass\nprint('ready', flush=True)\ntime.sleep(60)"

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from procworker.cli.parameters import check_deployment, check_entrypoint
-from procworker.cli.signature import read_signature, source_of
+from procworker.cli.run.parameters import check_deployment, check_entrypoint
+from procworker.cli.run.signature import read_signature, source_of
 from procworker.errors import ConfigurationError
 from procworker.server.models import Deployment
 

@@ -21,9 +21,9 @@ import pytest
 from commands import FAST, ROOT, Command, code_of, fake_prefect, flow_file
 
 from procworker import ProcessWorker
-from procworker.cli.job_view import AT_START, NEW
 from procworker.cli.layout import lines_of, visible
-from procworker.cli.origins import Inputs, complaints, traced
+from procworker.cli.preview.job_view import AT_START, NEW
+from procworker.cli.preview.origins import Inputs, complaints, traced
 from procworker.cli.terminal import Terminal
 from procworker.testing import Beside, serving
 

@@ -6,7 +6,7 @@ import os
 from typing import Any, NamedTuple
 from uuid import UUID, uuid4
 
-from procworker.cli.parameters import check_deployment
+from procworker.cli.run.parameters import check_deployment
 from procworker.configuration import merge_job_variables
 from procworker.errors import ConfigurationError, ObjectNotFound
 from procworker.process import ProcessWorker

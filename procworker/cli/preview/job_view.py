@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from procworker.cli.origins import Path, Trace, environment_names, references
+from procworker.cli.preview.origins import Path, Trace, environment_names, references
 from procworker.errors import ConfigurationError
 from procworker.redaction import SECRET, Mask, secrets_in
 from procworker.run import CANCEL_GRACE_SECONDS

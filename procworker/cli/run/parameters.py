@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from procworker.cli.signature import Signature, read_signature, source_of
+from procworker.cli.run.signature import Signature, read_signature, source_of
 from procworker.errors import ConfigurationError
 from procworker.server.models import Deployment
 

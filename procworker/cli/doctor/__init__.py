@@ -16,9 +16,9 @@ import argparse
 
 TYPE_CHECKING = False  # see procworker/__init__.py
 if TYPE_CHECKING:
-    from procworker.cli.check_python import Flows
-    from procworker.cli.check_server import Server
-    from procworker.cli.findings import Finding
+    from procworker.cli.doctor.check_python import Flows
+    from procworker.cli.doctor.check_server import Server
+    from procworker.cli.doctor.findings import Finding
     from procworker.settings import Settings
 
 
@@ -35,8 +35,8 @@ def execute(arguments: argparse.Namespace) -> int:
     import json
 
     from procworker.cli.common import run_loop, say
+    from procworker.cli.doctor.findings import told
     from procworker.cli.errors import FAILED
-    from procworker.cli.findings import told
     from procworker.cli.layout import warnings_heard
     from procworker.errors import ConfigurationError
 
@@ -59,8 +59,8 @@ async def _examine(arguments: argparse.Namespace) -> list[Finding]:
     import anyio
     import anyio.to_thread
 
-    from procworker.cli import check_host, check_python, check_server
-    from procworker.cli.findings import broken, fail, guarded, ok
+    from procworker.cli.doctor import check_host, check_python, check_server
+    from procworker.cli.doctor.findings import broken, fail, guarded, ok
 
     settings, findings = _settings(arguments.profile)
     flows = check_python.Flows()
@@ -111,8 +111,8 @@ async def _examine(arguments: argparse.Namespace) -> list[Finding]:
 
 def _settings(profile: str | None) -> tuple[Settings | None, list[Finding]]:
     """Read them, and say where they come from or what is wrong with them."""
-    from procworker.cli.check_server import settings_read
-    from procworker.cli.findings import broken, fail
+    from procworker.cli.doctor.check_server import settings_read
+    from procworker.cli.doctor.findings import broken, fail
     from procworker.cli.layout import warnings_heard
     from procworker.errors import ConfigurationError
     from procworker.settings import Settings
@@ -131,8 +131,8 @@ def _settings(profile: str | None) -> tuple[Settings | None, list[Finding]]:
 
 def _of_server(server: Server, queue: str | None, flows: Flows) -> list[Finding]:
     """What its answers mean; where it is not there, nothing more can be said."""
-    from procworker.cli import check_pool, check_server
-    from procworker.cli.findings import guarded
+    from procworker.cli.doctor import check_pool, check_server
+    from procworker.cli.doctor.findings import guarded
 
     findings = guarded("API", check_server.reachable, server)
     if not server.is_there:
@@ -151,7 +151,7 @@ def _masked(settings: Settings | None, finding: Finding) -> Finding:
     """The finding without anything that settings or environment show to be secret."""
     import os
 
-    from procworker.cli.findings import Finding
+    from procworker.cli.doctor.findings import Finding
     from procworker.redaction import Mask, secrets_in
 
     mask = Mask(secrets_in(os.environ) | (settings.secrets() if settings else frozenset()))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from datetime import datetime, timezone
 
-from procworker.cli.check_server import Server
-from procworker.cli.findings import Finding, fail, ok, warn
+from procworker.cli.doctor.check_server import Server
+from procworker.cli.doctor.findings import Finding, fail, ok, warn
 from procworker.configuration import fill_template
 from procworker.errors import ObjectNotFound, ProcworkerError, Unauthorized
 from procworker.registry import WorkerType

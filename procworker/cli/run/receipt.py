@@ -6,7 +6,7 @@ import re
 import sys
 
 from procworker.cli.layout import lines_of
-from procworker.cli.meter import Meter, size
+from procworker.cli.run.meter import Meter, size
 from procworker.cli.terminal import Terminal
 from procworker.run import Run
 

@@ -17,8 +17,8 @@ from typing import Any
 import anyio
 import httpx
 
-from procworker.cli.findings import Finding, fail, ok, warn
-from procworker.cli.job_view import USER_INFO
+from procworker.cli.doctor.findings import Finding, fail, ok, warn
+from procworker.cli.preview.job_view import USER_INFO
 from procworker.errors import ApiError, ConfigurationError, Unauthorized, single
 from procworker.local.server import knows_passwords, version_of
 from procworker.redaction import SHORTEST_CREDENTIAL, Mask

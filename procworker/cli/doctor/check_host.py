@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from procworker.cli.findings import Finding, fail, ok, warn
+from procworker.cli.doctor.findings import Finding, fail, ok, warn
 from procworker.system.journal import here, try_lock
 from procworker.system.spool import CAP, _punch
 from procworker.system.watch import Inotify

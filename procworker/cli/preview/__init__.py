@@ -18,7 +18,7 @@ TYPE_CHECKING = False  # see procworker/__init__.py
 if TYPE_CHECKING:
     from typing import Any
 
-    from procworker.cli.job_view import Value, View
+    from procworker.cli.preview.job_view import Value, View
     from procworker.process import ProcessWorker
     from procworker.server.client import Client
     from procworker.server.models import Deployment, Flow, FlowRun
@@ -105,7 +105,7 @@ def _check(arguments: argparse.Namespace, kind: str, parameters: dict[str, Any],
     """Refuse what `run` would refuse; raises ConfigurationError."""
     import os
 
-    from procworker.cli.parameters import check_deployment, check_entrypoint
+    from procworker.cli.run.parameters import check_deployment, check_entrypoint
     from procworker.system.interpreter import find_interpreter
 
     if kind == "entrypoint":
@@ -119,7 +119,7 @@ def _at_embedded_server(settings: Settings, python: str | None) -> Settings:
     """What a run would get from the embedded server, which is not started for a preview."""
     import os
 
-    from procworker.cli.job_view import EMBEDDED
+    from procworker.cli.preview.job_view import EMBEDDED
     from procworker.local.server import knows_passwords
     from procworker.system.interpreter import find_interpreter
 
@@ -133,8 +133,8 @@ async def _read(
     """The flow run that there is or would be, and what it belongs to."""
     from uuid import UUID
 
-    from procworker.cli.job_view import NEW, NEW_ID
-    from procworker.cli.order import in_current_directory
+    from procworker.cli.preview.job_view import NEW, NEW_ID
+    from procworker.cli.run.order import in_current_directory
     from procworker.errors import ConfigurationError, ObjectNotFound
     from procworker.server.models import Flow, FlowRun
     from procworker.submission import adhoc_variables, entrypoint_of, flow_name
@@ -179,7 +179,7 @@ async def _choose_template(
     """Give the worker the pool that is asked for, or the template of the one that the run belongs to."""
     import logging
 
-    from procworker.cli.order import pool_template
+    from procworker.cli.run.order import pool_template
     from procworker.errors import ConfigurationError, ObjectNotFound
     from procworker.pool import check_type
 
@@ -211,9 +211,9 @@ async def _view(
 
     from pydantic import ValidationError
 
-    from procworker.cli import job_view
-    from procworker.cli.origins import Inputs, complaints, leftovers, traced, without_server
-    from procworker.cli.reader import Reader
+    from procworker.cli.preview import job_view
+    from procworker.cli.preview.origins import Inputs, complaints, leftovers, traced, without_server
+    from procworker.cli.preview.reader import Reader
     from procworker.errors import ConfigurationError
     from procworker.job import fill_job, prepare_job, template_of
     from procworker.outcome import one_line
@@ -265,7 +265,7 @@ async def _view(
 
 def _names(worker: ProcessWorker, flow_run: FlowRun, deployment: Deployment | None) -> dict[str, str]:
     """What the layers of the job are called."""
-    from procworker.cli.job_view import NEW
+    from procworker.cli.preview.job_view import NEW
 
     has_template = worker._work_pool or worker._base_job_template
     pool = f"work pool {worker._work_pool_name or flow_run.work_pool_name!r}" if has_template else "default"

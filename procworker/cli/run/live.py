@@ -10,8 +10,8 @@ from contextlib import suppress
 
 import anyio
 
-from procworker.cli.meter import Meter, size
-from procworker.cli.receipt import COLOURS
+from procworker.cli.run.meter import Meter, size
+from procworker.cli.run.receipt import COLOURS
 from procworker.cli.terminal import Terminal, cut, plain
 from procworker.errors import Unreachable
 from procworker.outcome import Reason

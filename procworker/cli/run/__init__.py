@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from procworker.cli.junit import Suite
-    from procworker.cli.order import Order
+    from procworker.cli.run.order import Order
     from procworker.process import ProcessWorker
     from procworker.run import Run
     from procworker.settings import Settings
@@ -107,11 +107,11 @@ async def _run(settings: Settings, arguments: argparse.Namespace, suite: Suite) 
     from procworker.cli.ci import detect
     from procworker.cli.common import embedded, say, signals_counted, wait_for_server
     from procworker.cli.errors import FAILED, UNKILLED
-    from procworker.cli.live import Live
-    from procworker.cli.meter import Meter
-    from procworker.cli.order import submit, template_of
-    from procworker.cli.places import check_places
-    from procworker.cli.receipt import children_cpu_seconds, receipt
+    from procworker.cli.run.live import Live
+    from procworker.cli.run.meter import Meter
+    from procworker.cli.run.order import submit, template_of
+    from procworker.cli.run.places import check_places
+    from procworker.cli.run.receipt import children_cpu_seconds, receipt
     from procworker.cli.tally import Tally
     from procworker.cli.terminal import Terminal
     from procworker.process import ProcessWorker
@@ -190,8 +190,8 @@ def _order(arguments: argparse.Namespace) -> Order:
     """Read and check the command line; raises ConfigurationError."""
     import os
 
-    from procworker.cli.environment import given_environment
-    from procworker.cli.order import Order
+    from procworker.cli.run.environment import given_environment
+    from procworker.cli.run.order import Order
     from procworker.errors import ConfigurationError
     from procworker.submission import entrypoint_of
     from procworker.system.interpreter import find_interpreter
@@ -216,7 +216,7 @@ def _order(arguments: argparse.Namespace) -> Order:
         # And a Python without Prefect before a flow run is made.
         interpreter = find_interpreter(arguments.python, os.environ)
         if kind == "entrypoint" and not job_variables.keys() & {"working_dir", "command"}:
-            from procworker.cli.parameters import check_entrypoint
+            from procworker.cli.run.parameters import check_entrypoint
 
             path = env.get("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
             check_entrypoint(target, parameters, path, interpreter.prefect_version)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from procworker.cli.findings import Finding, fail, ok, warn
+from procworker.cli.doctor.findings import Finding, fail, ok, warn
 from procworker.errors import ConfigurationError
 from procworker.local.server import last_words, local_server, version_of
 from procworker.system.interpreter import find_interpreter, inherited
