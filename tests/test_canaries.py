@@ -74,7 +74,7 @@ def test_no_canary_is_seen_anywhere(tmp_path: Path, ending: str) -> None:
         "server": "\n".join(sent),
     }
     assert ending == "missing" or "***" in worker.out, "the flow has printed them"
-    assert stored, "the record was looked at"
+    assert stored or ending == "missing", "the record was looked at"
     for where, text in seen.items():
         for name, secret in CANARY.items():
             assert secret not in text, f"the {name} stands in {where}"

@@ -610,11 +610,12 @@ def test_interrupting_twice_does_not_wait_for_a_flow_that_ignores_it(server: Bes
 
 
 def test_interrupting_before_there_is_a_run_is_quiet(server: Beside, place: Path) -> None:
-    server.down()
+    silence = server.fault("GET", "/health", hang=True)
     with Command(place, "run", "flows.py:hello") as command:
-        time.sleep(1)  # it waits for the server by now; if not, it is interrupted even earlier
+        server.wait_request("GET", "/health")
         command.send(signal.SIGINT)
         assert command.wait(5) == 130
+    server.call(silence.release)
     assert "Traceback" not in command.err
 
 
