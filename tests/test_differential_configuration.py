@@ -15,6 +15,8 @@ from strategies import World, run, with_angles, worlds
 from procworker.configuration import BaseJobConfiguration, merge_job_variables
 from procworker.errors import ObjectNotFound
 
+pytestmark = pytest.mark.real
+
 with tempfile.TemporaryDirectory() as home, pytest.MonkeyPatch.context() as patch:
     patch.setenv("PREFECT_HOME", home)  # importing Prefect makes this directory
     prefect = pytest.importorskip("prefect", reason="compares with an installed Prefect 3.8: there is none here")

@@ -27,6 +27,8 @@ from strategies import (
 from procworker import template as ours
 from procworker.errors import ConfigurationError, ObjectNotFound
 
+pytestmark = pytest.mark.real
+
 with tempfile.TemporaryDirectory() as home, pytest.MonkeyPatch.context() as patch:
     patch.setenv("PREFECT_HOME", home)  # importing Prefect makes this directory
     prefect = pytest.importorskip("prefect", reason="compares with an installed Prefect 3.8: there is none here")
