@@ -133,7 +133,8 @@ class Pair:
             "hooks": " ".join(self.place.marked(runs["sleep"]).get("hooks", "").split()),
             "finals": " ".join(str(self.finals(run)) for run in runs.values()),
             "pid": self.pid(ended["complete"]),
-            "labels": "all" if set(ended["complete"].get("labels") or ()) >= LABELS else "none",
+            # Read when the worker is gone: they wait while a server with SQLite has other things to write.
+            "labels": "all" if set(api.read(runs["complete"]).get("labels") or ()) >= LABELS else "none",
             "logs": self.logs(runs["complete"]),
             # None will come of a flow that did not run.
             "task runs": self.task_runs(runs["complete"]) if "COMPLETED" in states["complete"] else "none",
