@@ -13,7 +13,7 @@ import pytest
 from commands import FAST, TEMPLATE, Command, code_of, fake_prefect, flow_file
 from misbehave import survivors
 
-from procworker.cli.ci import Ci, detect, markdown
+from procworker.cli.ci import detect, markdown
 from procworker.testing import Beside, serving
 
 
@@ -229,10 +229,22 @@ def test_gitlab_folds_sections_whose_names_are_names() -> None:
     assert end.endswith(":run_keen_owl_1\r\x1b[0K")
 
 
-@pytest.mark.parametrize("line", ["::error::x", "##[group]x", "--- x", "+++ x", "^^^ +++", "\x1b[0Ksection_start:1:x"])
-def test_no_line_of_a_flow_is_a_command(line: str) -> None:
-    assert Ci({}, print).line(line) == f" {line}"
-    assert Ci({}, print).line(f"owl | {line}") == f"owl | {line}"
+@pytest.mark.parametrize(
+    ("system", "text", "harmless"),
+    [
+        ("GITHUB_ACTIONS", "::error::x\n", "|::error::x\n"),
+        ("GITHUB_ACTIONS", "why\n \t::error::x\r::error::y", "why\n| \t::error::x\r|::error::y"),
+        ("GITHUB_ACTIONS", "owl | ##[error]x", "owl | ##|[error]x"),
+        ("GITHUB_ACTIONS", "owl | std::vector", "owl | std::vector"),
+        ("GITLAB_CI", "x\x1b[0Ksection_start:1:x\r\x1b[0K", "x\x1b[0Ksection_|start:1:x\r\x1b[0K"),
+        ("GITLAB_CI", "section_end:1:x", "section_|end:1:x"),
+        ("BUILDKITE", "--- x\n+++ y\n^^^ +++\n~~~ z", "|--- x\n|+++ y\n|^^^ +++\n|~~~ z"),
+        ("BUILDKITE", "----", "----"),
+        ("TERM", "--- a/file\n::error::x", "--- a/file\n::error::x"),
+    ],
+)
+def test_nothing_that_others_wrote_is_a_command(system: str, text: str, harmless: str) -> None:
+    assert detect({system: "true"}, print).harmless(text) == harmless
 
 
 def test_a_summary_shows_what_failed_first_and_is_bounded() -> None:
@@ -255,13 +267,16 @@ def test_run_speaks_to_ci_too(server: Beside, tmp_path: Path, monkeypatch: pytes
     summary = tmp_path / "summary.md"
     environ = {"GITHUB_ACTIONS": "true", "GITHUB_STEP_SUMMARY": str(summary)}
     environ["PYTHONPATH"] = str(fake_prefect(tmp_path / "packages"))
-    with Command(tmp_path, "run", "flows.py:hello", "-p", "do=fail", "-p", 'print=["here"]', **environ) as command:
+    argv = ("-p", "do=fail", "-p", 'print=["here"]', "-p", 'message="the flow failed\\n::error::not a command"')
+    with Command(tmp_path, "run", "flows.py:hello", *argv, **environ) as command:
         assert command.wait() == 1, command.err
     first, second, *rest = command.out.splitlines()
     assert (first, second) == ("::group::run-1", "run-1 | here")
     assert "::endgroup::" in rest
     (problem,) = [line for line in rest if line.startswith("::error ")]
-    assert problem == "::error title=flows%3A flow run hello is Failed::the flow failed"
+    title = "::error title=flows%3A flow run hello is Failed"
+    assert problem == f"{title}::the flow failed%0A::error::not a command"
+    assert "|::error::not a command" in rest
     assert "| hello | flows | Failed |" in summary.read_text()
 
 
@@ -273,4 +288,4 @@ def test_no_name_of_a_run_is_a_command(server: Beside, tmp_path: Path) -> None:
     with Command(tmp_path, "run", "flows.py:hello", "-p", 'print=["here"]', "--name", evil, **environ) as command:
         assert command.wait() == 0, command.err
     assert not [line for line in command.out.splitlines() if line.startswith("::error")], command.out
-    assert " ::error::one\\n::error::two | here" in command.out
+    assert "|::error::one\\n::error::two | here" in command.out

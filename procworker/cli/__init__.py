@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     arguments = build_parser().parse_args(argv)
     _spare_what_httpx_imports()
+    _give_no_commands()
     try:
         code: int = arguments.execute(arguments)
         if sys.stdout is not None:  # it is, when it was closed before we started
@@ -68,6 +70,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         PRINTER.drain()
         return exit_code(error)
     return code
+
+
+def _give_no_commands() -> None:
+    """Nothing that others wrote, such as output, messages and names, is a command to the CI system that we run in."""
+    if not os.environ.keys().isdisjoint(("GITHUB_ACTIONS", "GITLAB_CI", "BUILDKITE")):
+        from procworker.cli.ci import detect
+        from procworker.system.printer import PRINTER
+
+        PRINTER.harmless = detect(os.environ, PRINTER.command).harmless
 
 
 def _spare_what_httpx_imports() -> None:

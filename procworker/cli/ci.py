@@ -1,6 +1,6 @@
 """Speak to the CI system that we run in: groups of output, annotations, a summary of the job.
 
-What a flow prints can never be taken for a command to it: no line of ours begins with one that we did not write.
+Nothing that a flow prints or that somebody named is taken for a command to it: PRINTER asks `harmless` about each line.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from pathlib import Path
 
 MOST_ROWS = 500
 """Of runs in a summary: GitHub takes 1 MiB."""
-COMMAND = re.compile(r"(?:::|##\[|--- |\+\+\+ |~~~ |\^\^\^ |\x1b\[0Ksection_)")
 
 Row = tuple[str, str, str, float, str]
 """A run's name, what it is a run of, its final state, its seconds, and its message."""
@@ -21,14 +20,19 @@ Row = tuple[str, str, str, float, str]
 class Ci:
     """None of them: nothing is grouped, and nothing annotated."""
 
+    weak_spot: re.Pattern[str] | None = None
+    """Where a character more, in a line of somebody else's, keeps it from being a command."""
+
     def __init__(self, environ: Mapping[str, str], say: Callable[[str], object]) -> None:
         self._environ = environ
         self._say = say
         self._group: str | None = None
 
-    def line(self, text: str) -> str:
-        """Return a line of a flow so that it is no command of any system's."""
-        return f" {text}" if COMMAND.match(text) else text
+    def harmless(self, text: str) -> str:
+        """Return lines that are not ours so that none of them is a command."""
+        if self.weak_spot is None:
+            return text
+        return "".join(self.weak_spot.sub("|", line) for line in text.splitlines(keepends=True))
 
     def begin(self, title: str) -> None:
         """What follows is about this, and can be folded; nothing happens where that is open already."""
@@ -59,6 +63,10 @@ class Ci:
 class GitHub(Ci):
     """Workflow commands, and the file of the step's summary."""
 
+    weak_spot = re.compile(
+        r"^(?=\s*::)|(?<=##)(?=\[)"
+    )  # the runner trims lines, and takes the old form anywhere in them
+
     def _open(self, title: str) -> None:
         self._say(f"::group::{_github(title)}")
 
@@ -84,6 +92,8 @@ class GitHub(Ci):
 class GitLab(Ci):
     """Sections of the job's log, folded."""
 
+    weak_spot = re.compile(r"(?<=section_)(?=(?:start|end):)")
+
     def _open(self, title: str) -> None:
         name = f"run_{_section(title)}"
         self._say(f"\x1b[0Ksection_start:{time.time():.0f}:{name}[collapsed=true]\r\x1b[0K{title}")
@@ -94,6 +104,8 @@ class GitLab(Ci):
 
 class Buildkite(Ci):
     """Groups of the job's log; that of a run that failed stands open."""
+
+    weak_spot = re.compile(r"^(?=(?:---|\+\+\+|~~~|\^\^\^) )")
 
     def _open(self, title: str) -> None:
         self._say(f"--- {title}")

@@ -69,7 +69,7 @@ def printer() -> Callable[[str], None]:
     coloured = Terminal().has_colours
 
     def show(line: str) -> None:
-        sys.stdout.write((line if coloured else ESCAPES.sub("", line)) + "\n")
+        sys.stdout.write(PRINTER.harmless(line if coloured else ESCAPES.sub("", line)) + "\n")
         sys.stdout.flush()
 
     return show

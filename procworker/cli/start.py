@@ -149,12 +149,13 @@ async def _start(settings: Settings, arguments: argparse.Namespace, suite: Suite
     from procworker.cli.tally import Tally
     from procworker.process import ProcessWorker
     from procworker.system.files import raised_file_limit
-    from procworker.system.printer import print_line
+    from procworker.system.printer import PRINTER, print_line
     from procworker.system.subreaper import adoption, subreaper
 
     worker: Any = None
     ends = arguments.run_once or arguments.drain
-    tally = Tally(suite, detect(os.environ if ends else {}, say), print_line, one_at_a_time=arguments.limit == 1)
+    ci = detect(os.environ if ends else {}, PRINTER.command)
+    tally = Tally(suite, ci, print_line, one_at_a_time=arguments.limit == 1)
 
     def interrupt(number: int) -> None:
         if worker is not None and worker.is_setup:

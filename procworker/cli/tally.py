@@ -30,7 +30,7 @@ class Tally:
         """The sink of the worker: a flow's line in the group of its run."""
         if self._grouped:
             self._ci.begin(line.partition(" | ")[0])
-        self._sink(stream, self._ci.line(line))
+        self._sink(stream, line)
 
     def add(self, run: Run, case: Case | None = None) -> None:
         """A run is over; it has a case of its own, or becomes one."""

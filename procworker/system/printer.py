@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TextIO
 
@@ -82,6 +82,8 @@ class Printer:
         self._queues: dict[tuple[int, int], _Queue] = {}  # by file: stdout and stderr may be one pipe
         self._footers: dict[tuple[int, int], _Footer] = {}
         self._lock = threading.RLock()  # any thread may log
+        self.harmless: Callable[[str], str] = str
+        """Changes all that is printed, but what `command` prints."""
         self._batched = False
         self._filling: dict[str, tuple[TextIO, _Queue]] = {}  # by stream, while what is printed there is batched
 
@@ -93,6 +95,7 @@ class Printer:
         with self._lock:
             if (file := _file(stream)) is None:
                 return
+            line = self.harmless(line)
             known, queue = self._filling.get(stream, (None, None))
             if queue is not None and known is file and queue.size <= BATCH:  # what most lines of a flood come to
                 queue.add(_encode(line + "\n", file), self._limit)
@@ -120,7 +123,13 @@ class Printer:
         """Print whole lines of our own; while the reader takes nothing, the last 256 KiB wait. Raises nothing."""
         with self._lock, suppress(OSError, ValueError):  # nobody reads any more
             if (file := _file(stream)) is not None:
-                self._write(file, text)
+                self._write(file, self.harmless(text))
+
+    def command(self, line: str) -> None:
+        """Print what the reader of our stdout, a CI system, is to do."""
+        with self._lock, suppress(OSError, ValueError):
+            if (file := _file("stdout")) is not None:
+                self._write(file, line + "\n")
 
     def footer(self, line: str, stream: str = "stdout") -> None:
         """Keep this line, which must not be wider than the terminal, below all that is printed; "" takes it away."""

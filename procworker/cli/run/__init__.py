@@ -115,7 +115,7 @@ async def _run(settings: Settings, arguments: argparse.Namespace, suite: Suite) 
     from procworker.cli.tally import Tally
     from procworker.cli.terminal import Terminal
     from procworker.process import ProcessWorker
-    from procworker.system.printer import print_line
+    from procworker.system.printer import PRINTER, print_line
     from procworker.system.subreaper import subreaper
 
     order = _order(arguments)
@@ -125,7 +125,7 @@ async def _run(settings: Settings, arguments: argparse.Namespace, suite: Suite) 
     worker: ProcessWorker | None = None
     code = 1
     terminal, meter = Terminal(), Meter()
-    tally = Tally(suite, detect(os.environ, say), print_line, one_at_a_time=True)
+    tally = Tally(suite, detect(os.environ, PRINTER.command), print_line, one_at_a_time=True)
     live = Live(terminal, meter, os.environ, tally.print_line)
 
     def interrupt(number: int) -> None:
