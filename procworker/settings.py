@@ -177,6 +177,7 @@ class Settings(BaseModel, frozen=True, hide_input_in_errors=True, validate_defau
             return url.rstrip("/")
         meant = USER_INFO.sub("", url.rpartition("://")[2]).strip("/") or "127.0.0.1:4200"
         meant += "" if "/" in meant else "/api"
+        meant = meant if HTTP_URL.fullmatch(f"http://{meant}") else "127.0.0.1:4200/api"
         raise ValueError(f"not an http or https URL; did you mean 'http://{meant}'?")
 
     @field_validator("logging_level", "logging_to_api_max_log_size", "ui_url")

@@ -132,6 +132,8 @@ TABLE = [
     bad("no URL", START, "PREFECT_API_URL is not set", no_url),
     bad("URL without scheme", START, "did you mean 'http://127.0.0.1:4200/api'", url("127.0.0.1:4200/api")),
     bad("URL of another protocol", RUN, "did you mean 'http://host/api'", url("ftp://host/api")),
+    bad("no URL at all", RUN, "did you mean 'http://127.0.0.1:4200/api'", url("my server")),
+    bad("half an IPv6 address", RUN, "did you mean 'http://127.0.0.1:4200/api'", url("http://[::1")),
     bad("URL with a blank", START, "PREFECT_API_URL", url("http://my host/api")),
     bad("URL with a wrong path", START, "most end in /api", wrong_path),
     bad("URL with a wrong path for run", RUN, "most end in /api", wrong_path),
