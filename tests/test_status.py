@@ -285,6 +285,24 @@ def test_fields_of_another_kind_than_ours_are_borne(
     journal.close()
 
 
+NUMBERS = {"inf": float("inf"), "-inf": float("-inf"), "nan": float("nan"), "huge": 10**400, "-1": -1, "0.5": 0.5}
+
+
+@pytest.mark.parametrize("number", NUMBERS.values(), ids=NUMBERS)
+def test_numbers_of_no_clock_are_borne(home: Path, number: float, capsys: pytest.CaptureFixture[str]) -> None:
+    journal, id = a_record(home)
+    file = next((home / "runs").iterdir()) / "run.json"
+    record = json.loads(file.read_text())
+    record |= {"times": {record["phase"]: number}, "infrastructure": {"process": [number, number]}}
+    file.write_text(json.dumps(record))
+    told = home / "workers" / journal.owner
+    told.write_text(json.dumps({**json.loads(told.read_text()), "process": [number, number], "limit": number}) + "\n")
+
+    assert as_json(capsys)["workers"][0]["runs"][0]["id"] == str(id)
+    assert str(id)[:8] in status(capsys)
+    journal.close()
+
+
 def test_names_of_others_move_no_cursor(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     journal, _ = a_record(home, flow_run_name="evil\x1b[2J\nname", flow_name="\x1b]0;t\x07f")
     assert "\x1b" not in status(capsys)

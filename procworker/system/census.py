@@ -28,6 +28,8 @@ except ImportError:  # Windows
 
 ENDING = {"cancelled": "cancelling", "timed out": "timing out", "worker stopped": "stopping"}
 """Why a worker ends a run, and what its phase is called meanwhile."""
+LATEST = 2**32
+"""A moment that no clock of ours shows: in 2106."""
 LIVING, DEAD, ELSEWHERE, UNKNOWN = "living", "dead", "elsewhere", "unknown"
 
 
@@ -70,7 +72,7 @@ class HostRun:
         """When it was claimed, or has started running, or has ended: in seconds since 1970."""
         times = self.data.get("times")
         found = times.get(str(self.data.get("phase"))) if isinstance(times, dict) else None
-        if isinstance(found, int | float):
+        if isinstance(found, int | float) and 0 <= found < LATEST:
             return float(found)
         if self.root is not None and self.members:
             return time.time() - age(self.root)
@@ -209,9 +211,13 @@ def _root(data: JSON) -> Process | None:
 
 def _process(value: Any) -> Process | None:
     """Read a pid and a start time."""
-    if isinstance(value, list) and len(value) == 2 and all(isinstance(number, int | float) for number in value):
-        return Process(int(value[0]), float(value[1]))
+    if isinstance(value, list) and len(value) == 2 and all(map(_is_sane, value)):
+        return Process(int(value[0]), value[1])
     return None
+
+
+def _is_sane(number: Any) -> bool:
+    return isinstance(number, int | float) and 0 <= number < 2**63
 
 
 def count_processes(runs: Iterable[HostRun]) -> None:
