@@ -6,7 +6,7 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, nullcontext
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 from uuid import UUID, uuid4
@@ -226,7 +226,7 @@ class BaseWorker(Infrastructure[C, V, R], Generic[C, V, R]):
     async def start(
         self, run_once: bool = False, with_healthcheck: bool = False, printer: Callable[..., None] = print
     ) -> None:
-        """Work until `stop` is called. With run_once: take what is due now, finish it, and return."""
+        """Work until `stop` is called, or with run_once take what is due now and finish it; if open, it stays open."""
         async with AsyncExitStack() as stack:
             if with_healthcheck:
                 interval = self._settings.worker_query_seconds or IDLE_POLL_SECONDS
@@ -234,7 +234,7 @@ class BaseWorker(Infrastructure[C, V, R], Generic[C, V, R]):
                 host, port = self._settings.worker_webserver_host, self._settings.worker_webserver_port
                 port = await stack.enter_async_context(health_server(host, port, checks))
                 printer(f"Health server: http://{host}:{port}/health")
-            await stack.enter_async_context(self)
+            await stack.enter_async_context(nullcontext() if self.is_setup else self)
             self._started_event = self._emit("prefect.worker.started")
             self._journal.tell({})
             printer(f"Worker {self.name!r} started!")

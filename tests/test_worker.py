@@ -179,6 +179,18 @@ async def test_run_once_takes_all_that_is_due_and_returns(server: PrefectApi) ->
     assert worker.outcomes == {"COMPLETED": 7}
 
 
+async def test_a_worker_that_is_open_can_be_started_and_stays_open(server: PrefectApi) -> None:
+    first = server.schedule()
+    async with make(server, completing(server)) as worker:
+        await worker.start(run_once=True, printer=lambda *line: None)
+        assert server.run(first).state.type == "COMPLETED"
+        second = server.schedule()
+        await worker.get_and_submit_flow_runs()
+        await server.wait_state(second, "COMPLETED")
+        assert worker.is_setup
+    assert not worker.is_setup
+
+
 async def test_a_hiccup_while_something_runs_does_not_end_run_once(server: PrefectApi) -> None:
     deployment = server.add_deployment()
     ids = [server.schedule(deployment) for _ in range(5)]
