@@ -373,8 +373,8 @@ def test_api_url_is_tidied(load: Load, written: str, meant: str | None) -> None:
         ("localhost:4200/api/", "http://localhost:4200/api"),
         ("htp://host:4200/api", "http://host:4200/api"),
         ("http://", "http://127.0.0.1:4200/api"),
-        ("http://host:port/api", "http://host:port/api"),
-        ("http://ho st/api", "http://ho st/api"),
+        ("http://host:port/api", "http://127.0.0.1:4200/api"),
+        ("http://ho st/api", "http://127.0.0.1:4200/api"),
     ],
 )
 def test_an_api_url_that_is_none_comes_with_a_suggestion(load: Load, written: str, suggestion: str) -> None:
