@@ -84,8 +84,21 @@ def test_what_nobody_reads_is_bounded_and_the_cut_is_marked(path: Path, punch: b
         assert disk(path) <= (CAP if punch else 2 * CAP) + len(piece)
     lines = read_all(spool)
     assert MARK.fullmatch(lines[0])
-    assert sum(len(line) + 1 for line in lines[1:]) >= (CAP // 2 if punch else CHUNK // 2)
+    assert sum(len(line) + 1 for line in lines[1:]) >= (CAP * 3 // 16 if punch else CHUNK // 2)
     assert_complete(lines, written)
+
+
+@pytest.mark.parametrize("share", [8, 4, 3])
+def test_there_is_room_for_what_is_written_until_the_next_look(
+    path: Path, monkeypatch: pytest.MonkeyPatch, share: int
+) -> None:
+    monkeypatch.setattr("procworker.system.spool.MARK_SECONDS", 0)
+    spool, piece, most = Spool("stdout", path, CAP), numbered(0, 5000)[: CAP // share], 0
+    for _ in range(100):
+        append(path, piece)
+        most = max(most, disk(path))
+        spool.trim()
+    assert CAP // 2 <= most <= CAP
 
 
 def test_without_a_cap_the_disk_fills(path: Path) -> None:

@@ -20,7 +20,7 @@ from procworker.system.watch import POLL_SECONDS, Watch
 TAIL_LINES = 20
 PATIENCE_SECONDS, LINGER_SECONDS = 2.0, 30.0
 """How long a run that has ended waits for a sink that takes nothing, and in all for one that is slow."""
-SLICE_SECONDS = 0.005
+SLICE_SECONDS = 0.002
 RETRY_SECONDS = 0.001
 GATHER_SECONDS = 0.01
 """From one look to the next at least, however quickly something is written."""

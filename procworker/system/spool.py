@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
@@ -19,6 +20,8 @@ CAP = 64 * 1024 * 1024
 CHUNK = 64 * 1024
 LINE_LIMIT = 64 * 1024
 """Bytes after which a line without an end is cut and goes on as the next one."""
+MARK_SECONDS = 0.005
+"""From one measure of how quickly a file grows to the next, at least."""
 
 _PAGE = 4096
 _HEAD = 64
@@ -52,7 +55,8 @@ class Spool:
         self._freed = 0  # nothing before it takes space
         self._head = b""  # how the file began when it was read
         self._changed = 0
-        self._growth = 0
+        self._marked, self._marked_size = time.monotonic(), 0
+        self._growth = 0  # from one mark to the next
         self._end = sys.maxsize
         self._rest = b""  # was read, but is no line yet
         self._unsplit = False  # the rest may hold whole lines
@@ -124,8 +128,8 @@ class Spool:
 
     @property
     def _room(self) -> int:
-        """The cap without what will be written until the next look, if that is as much as since the last one."""
-        return max(self._cap // 4, self._cap - self._growth)
+        """The cap without twice what is written from look to look at the pace of late, since the next may come late."""
+        return max(self._cap // 4, self._cap - max(self._cap // 8, 2 * self._growth))
 
     def _see(self) -> int:
         """Return the size, and begin again where a writer truncated the file."""
@@ -140,10 +144,16 @@ class Spool:
                 self._unsplit = True
             if self._end < sys.maxsize:  # by one that was allowed to stay
                 self._end = 0
-        if is_changed:
-            self._growth = max(0, size - self._size)
         self._size, self._changed = size, changed
+        self._measure(size)
         return size
+
+    def _measure(self, size: int) -> None:
+        """Keep the most that was written between two marks, and forget it slowly: a writer's pace is not even."""
+        now = time.monotonic()
+        if now - self._marked >= MARK_SECONDS:
+            self._growth = max(size - self._marked_size, self._growth - self._growth // 64)
+            self._marked, self._marked_size = now, size
 
     def _begins_as_before(self) -> bool:
         with open(self.path, "rb", buffering=0) as file:
