@@ -18,6 +18,7 @@ import httpx
 from procworker import __version__
 from procworker.errors import ConfigurationError
 from procworker.redaction import SHORTEST_CREDENTIAL, Mask
+from procworker.server.plain import PlainTransport
 from procworker.settings import Settings
 
 BODY_LIMIT = 64 * 1024 * 1024
@@ -64,12 +65,21 @@ def connect(
             timeout=settings.api_request_timeout,
             limits=LIMITS,
             http2=settings.api_enable_http2 and find_spec("h2") is not None,
-            mounts={f"all://{url.netloc.decode()}": None} if _is_direct(url.host) else None,
+            mounts=_mounts(settings, url) if transport is None else None,
             transport=transport,
         )
     except (httpx.InvalidURL, ValueError, ImportError) as error:  # also a malformed or SOCKS proxy
         text = Mask(settings.secrets(), SHORTEST_CREDENTIAL)(str(error))
         raise ConfigurationError(f"PREFECT_API_URL or a proxy variable cannot be used: {text}") from error
+
+
+def _mounts(settings: Settings, url: httpx.URL) -> dict[str, httpx.AsyncBaseTransport | None]:
+    """What leads to the API itself, in place of httpx's choice."""
+    origin, direct = url.netloc.decode(), _is_direct(url.host)
+    mounts: dict[str, httpx.AsyncBaseTransport | None] = {f"all://{origin}": None} if direct else {}
+    if url.scheme == "http" and (direct or proxy_to(settings) is None):
+        mounts[f"http://{origin}"] = PlainTransport(LIMITS)
+    return mounts
 
 
 async def exchange(client: httpx.AsyncClient, request: httpx.Request, strip: Iterable[str]) -> Answer:

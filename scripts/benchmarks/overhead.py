@@ -1,8 +1,8 @@
 """What a worker itself needs per run: many runs of the command `true`, so that the run costs next to nothing.
 
-The runs are ordered while the pool is paused. Time counts from the first start of a process until all were started, as
-the worker logs it, and none is left. Nothing limits either worker but its own settings. The server does all it can for
-either: where it has a CPU core in full, a worker cannot be faster.
+The runs are ordered before they are due, and no worker takes them earlier. Time counts from the first process until all
+were started, as the worker logs it, and none is left. Nothing limits either worker but its own settings. The
+server does all it can for either: where it has a CPU core in full, a worker cannot be faster.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import psutil
 from scripts.benchmarks.figures import Row, Sample, compare
 from scripts.benchmarks.lab import Lab, wait_until
 from scripts.benchmarks.processes import cpu, first_processes
-from scripts.benchmarks.runs import COLD, PREFECT, Side, alternate, deploy, order_at_once, sides
+from scripts.benchmarks.runs import COLD, PREFECT, PUNCTUAL, Side, alternate, deploy, order_at_once, sides
 from scripts.benchmarks.throughput import server_cpu
 
 OPTIONS = {"rounds": (2, "rounds of each side"), "runs": (500, "flow runs of each side, in all rounds together")}
@@ -27,7 +27,7 @@ SETTLE_SECONDS, PATIENCE_SECONDS, PAUSE_SECONDS = 3.0, 25.0, 0.2
 
 def measure(lab: Lab, arguments: argparse.Namespace) -> list[Row]:
     """Alternate; one run of each side warms up."""
-    with sides(lab, COLD, PREFECT) as opened:
+    with sides(lab, COLD, PREFECT, **PUNCTUAL) as opened:
         both = [side._replace(order=deploy(lab, side.pool, command="true")) for side in opened]
         for side in both:
             burst(lab, side, 1)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from datetime import datetime, timezone
 from typing import Any, NamedTuple
 from uuid import uuid4
 
@@ -15,7 +16,8 @@ from scripts.benchmarks.processes import born, cpu, first_processes
 
 PREFECT, COLD, WARM = "Prefect", "cold", "warm"
 """Prefect's worker, and ours with a new interpreter per run, or a fork of a warm one."""
-SETTLE_SECONDS = 1.5
+PUNCTUAL = {"PREFECT_WORKER_PREFETCH_SECONDS": "0"}
+SETTLE_SECONDS, ORDER_SECONDS = 1.5, 0.15
 OVER = ["COMPLETED", "FAILED", "CRASHED", "CANCELLED"]
 
 
@@ -71,18 +73,25 @@ def deploy(lab: Lab, pool: str, code: str = "pass", **job_variables: Any) -> str
     return f"/deployments/{lab.api('POST', '/deployments/', body)['id']}/create_flow_run"
 
 
-def order(lab: Lab, side: Side) -> str:
-    """Order a run that is due now; return its id."""
-    return str(lab.api("POST", side.order, {"state": {"type": "SCHEDULED"}})["id"])
+def order(lab: Lab, side: Side, due: float | None = None) -> str:
+    """Order a run that is due now, or at a moment; return its id."""
+    details = {} if due is None else {"scheduled_time": datetime.fromtimestamp(due, timezone.utc).isoformat()}
+    return str(lab.api("POST", side.order, {"state": {"type": "SCHEDULED", "state_details": details}})["id"])
 
 
 def order_at_once(lab: Lab, side: Side, number: int) -> float:
-    """Order that many runs; return the moment from which on the worker may have them, all at once."""
-    lab.api("PATCH", f"/work_pools/{side.pool}", {"is_paused": True})
+    """Order that many runs, all due at one moment that is still to come; wait for it, and return it.
+
+    The worker must not take runs before they are due (PUNCTUAL). To pause the pool meanwhile has the server's SQLite
+    stand still for a minute now and then.
+    """
+    due = time.time() + ORDER_SECONDS * (number + 20)
     for _ in range(number):
-        order(lab, side)
-    lab.api("PATCH", f"/work_pools/{side.pool}", {"is_paused": False})
-    return time.time()
+        order(lab, side, due)
+    if (left := due - time.time()) < 0:
+        raise ProcworkerError(f"the server took {-left:.0f} s too long to take {number} orders")
+    time.sleep(left)
+    return due
 
 
 def count(lab: Lab, side: Side, *states: str) -> int:

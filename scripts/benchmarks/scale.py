@@ -14,7 +14,18 @@ import psutil
 from scripts.benchmarks.figures import Row, Sample, compare
 from scripts.benchmarks.lab import Lab, marked, wait_until
 from scripts.benchmarks.processes import first_processes, memory, tree
-from scripts.benchmarks.runs import COLD, PREFECT, WARM, count, deploy, job_variables, order, order_at_once, sides
+from scripts.benchmarks.runs import (
+    COLD,
+    PREFECT,
+    PUNCTUAL,
+    WARM,
+    count,
+    deploy,
+    job_variables,
+    order,
+    order_at_once,
+    sides,
+)
 
 OPTIONS = {
     "children": (500, "sleeping children"),
@@ -36,7 +47,7 @@ def measure(lab: Lab, arguments: argparse.Namespace) -> list[Row]:
 
 def crowd(lab: Lab, number: int, window: float) -> Sample:
     """Give our worker so many children that sleep."""
-    with sides(lab, COLD) as (side,):
+    with sides(lab, COLD, **PUNCTUAL) as (side,):
         side = side._replace(order=deploy(lab, side.pool, command="sleep 3600"))
         worker = side.worker
         time.sleep(SETTLE_SECONDS)

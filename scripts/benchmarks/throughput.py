@@ -1,8 +1,9 @@
 """30 no-op flow runs that are due at once, four at a time (--limit 4), under a worker of each kind in turn.
 
-They are ordered while the pool is paused; time counts from the moment when it is not. All workers poll at their default
-settings. The server's share of the CPU is given beside, for all runs need it; "first Running -> last end" leaves out
-how long the worker took to look for the first time. Peak memory is the PSS of the worker and all that it has started.
+They are ordered before; time counts from the moment when they are due. All workers run at their default settings, but
+that they take nothing before it is due. The server's share of the CPU is given beside, for all runs need it; "first
+Running -> last end" leaves out how long the worker took to look for the first time. Peak memory is the PSS of the
+worker and all that it has started.
 """
 
 import argparse
@@ -13,7 +14,20 @@ from procworker.errors import ProcworkerError
 from scripts.benchmarks.figures import Row, Sample, compare, prefixed
 from scripts.benchmarks.lab import Lab, wait_until
 from scripts.benchmarks.processes import Peak, calm
-from scripts.benchmarks.runs import COLD, OVER, PREFECT, WARM, Side, alternate, count, of, order_at_once, sides, watch
+from scripts.benchmarks.runs import (
+    COLD,
+    OVER,
+    PREFECT,
+    PUNCTUAL,
+    WARM,
+    Side,
+    alternate,
+    count,
+    of,
+    order_at_once,
+    sides,
+    watch,
+)
 
 OPTIONS = {"rounds": (3, "rounds of each kind"), "runs": (30, "flow runs in a round")}
 LIMIT, LONGEST_SECONDS = 4, 600.0
@@ -22,7 +36,7 @@ ALL, OWN = "due -> all Completed, s", "first Running -> last end, s"
 
 def measure(lab: Lab, arguments: argparse.Namespace) -> list[Row]:
     """Alternate; one run of each kind warms up."""
-    with sides(lab, WARM, COLD, PREFECT, options=["--limit", str(LIMIT)]) as opened:
+    with sides(lab, WARM, COLD, PREFECT, options=["--limit", str(LIMIT)], **PUNCTUAL) as opened:
         for side in opened:
             watch(lab, side)
         calm(opened[0].worker)

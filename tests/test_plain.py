@@ -1,0 +1,293 @@
+"""Our own HTTP/1.1 beside that of httpx: the same answers from the same bytes, and the same kinds of failure."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+import anyio
+import anyio.abc
+import httpx
+import pytest
+
+from procworker.server.plain import HEAD_LIMIT, PlainTransport
+
+pytestmark = pytest.mark.anyio
+
+LIMITS = httpx.Limits(max_connections=2, max_keepalive_connections=1, keepalive_expiry=5)
+OK = b"HTTP/1.1 200 OK\r\n"
+BODY = b'{"id": 1}'
+WHOLE = OK + b"Content-Length: 9\r\n\r\n" + BODY
+CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
+
+ANSWERS = {
+    "with a length": WHOLE,
+    "nothing": OK + b"Content-Length: 0\r\n\r\n",
+    "no content": b"HTTP/1.1 204 No Content\r\n\r\n",
+    "not modified, with the length of what is not sent": b"HTTP/1.1 304 Not Modified\r\nContent-Length: 9\r\n\r\n",
+    "without a reason": b"HTTP/1.1 200\r\nContent-Length: 2\r\n\r\nhi",
+    "with an empty reason": b"HTTP/1.1 200 \r\nContent-Length: 2\r\n\r\nhi",
+    "bare line ends": b"HTTP/1.1 200 OK\nContent-Length: 2\n\nhi",
+    "a folded header": OK + b"X-Long: one\r\n  two\r\nContent-Length: 2\r\n\r\nhi",
+    "blanks about a value": OK + b"X-Wide: \t wide \t\r\nContent-Length:2\r\n\r\nhi",
+    "two headers of a name": OK + b"Set-Cookie: a=1\r\nSet-Cookie: b=2\r\nContent-Length: 2\r\n\r\nhi",
+    "an interim answer": b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + WHOLE,
+    "continue": b"HTTP/1.1 100 Continue\r\n\r\n" + WHOLE,
+    "the end of the connection": OK + b"\r\n" + BODY,
+    "HTTP/1.0": b"HTTP/1.0 200 OK\r\n\r\n" + BODY,
+    "HTTP/1.0 with a length": b"HTTP/1.0 200 OK\r\nContent-Length: 9\r\n\r\n" + BODY,
+    "one chunk": CHUNKED + b"9\r\n" + BODY + b"\r\n0\r\n\r\n",
+    "chunks": CHUNKED + b"4\r\n" + BODY[:4] + b"\r\n5;name=value\r\n" + BODY[4:] + b"\r\n000\r\n\r\n",
+    "chunks and trailers": CHUNKED + b"9\r\n" + BODY + b"\r\n0\r\nX-Sum: 1\r\nX-More: 2\r\n\r\n",
+    "no chunk": CHUNKED + b"0\r\n\r\n",
+    "a refusal": b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 3\r\nContent-Length: 2\r\n\r\n{}",
+    "a redirect": b"HTTP/1.1 307 Temporary Redirect\r\nLocation: /there\r\nContent-Length: 0\r\n\r\n",
+    "a large body": OK + b"Content-Length: 300000\r\n\r\n" + b"x" * 300_000,
+}
+BROKEN = {
+    "no answer": b"",
+    "half a status": b"HTTP/1.1 2",
+    "half a head": OK + b"Content-Le",
+    "half a body": OK + b"Content-Length: 9\r\n\r\n{",
+    "half a chunk": CHUNKED + b"9\r\n{",
+    "no last chunk": CHUNKED + b"9\r\n" + BODY + b"\r\n",
+    "a chunk of no number": CHUNKED + b"many\r\n",
+    "a chunk that is too long": CHUNKED + b"2\r\n" + BODY + b"\r\n0\r\n\r\n",
+    "another protocol": b"SSH-2.0-OpenSSH_9.6\r\n\r\n",
+    "a status of no number": b"HTTP/1.1 OK\r\n\r\n",
+    "a header without a colon": OK + b"nonsense\r\n\r\n",
+    "a header without a name": OK + b": x\r\n\r\n",
+    "two lengths": OK + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\nhi!",
+    "a length below zero": OK + b"Content-Length: -1\r\n\r\n",
+    "a transfer encoding that nobody knows": OK + b"Transfer-Encoding: rot13\r\n\r\nuv",
+    "a head without an end": OK + b"X: " + b"x" * 4 * HEAD_LIMIT,
+}
+
+Talk = Callable[[anyio.abc.SocketStream], Any]
+
+
+@asynccontextmanager
+async def served(talk: Talk) -> AsyncIterator[str]:
+    """A server that talks like that over each connection."""
+
+    async def handle(stream: anyio.abc.SocketStream) -> None:
+        async with stream:
+            await talk(stream)
+
+    listener = await anyio.create_tcp_listener(local_host="127.0.0.1", local_port=0)
+    async with listener, anyio.create_task_group() as tasks:
+        tasks.start_soon(listener.serve, handle)
+        yield f"http://127.0.0.1:{listener.extra(anyio.abc.SocketAttribute.local_port)}"
+        tasks.cancel_scope.cancel()
+
+
+async def heard(stream: anyio.abc.SocketStream) -> bytes:
+    """One request, with a body that is empty or ends in a brace."""
+    text = b""
+    while b"\r\n\r\n" not in text or (b"POST" in text and not text.endswith(b"}")):
+        text += await stream.receive()
+    return text
+
+
+async def say(stream: anyio.abc.SocketStream, answer: bytes, pieces: int) -> None:
+    await heard(stream)
+    size = max(1, len(answer) // pieces)
+    try:
+        for start in range(0, len(answer), size):
+            await stream.send(answer[start : start + size])
+            await anyio.sleep(0)
+    except (OSError, anyio.BrokenResourceError):
+        pass  # who has seen enough hangs up
+
+
+async def ask(transport: httpx.AsyncBaseTransport, url: str, method: str = "GET", **options: Any) -> Any:
+    """What a client makes of the answer, whatever that is."""
+    async with httpx.AsyncClient(transport=transport, timeout=5) as client:
+        try:
+            answer = await client.request(method, url, **options)
+        except httpx.HTTPError as error:
+            return type(error)
+        return answer.status_code, answer.reason_phrase, answer.headers.raw, answer.content
+
+
+@pytest.mark.parametrize("pieces", [1, 7, 10**9], ids=["at once", "in pieces", "byte by byte"])
+@pytest.mark.parametrize("name", ANSWERS)
+async def test_an_answer_is_what_httpx_takes_it_for(name: str, pieces: int) -> None:
+    if len(ANSWERS[name]) > 10_000 and pieces > 7:
+        pieces = 100
+    async with served(partial(say, answer=ANSWERS[name], pieces=pieces)) as url:
+        ours, theirs = await ask(PlainTransport(LIMITS), url), await ask(httpx.AsyncHTTPTransport(), url)
+    assert ours[0] in (200, 204, 304, 307, 503)
+    ours[2][:] = [(key.title(), value) for key, value in ours[2]]
+    theirs[2][:] = [(key.title(), value) for key, value in theirs[2]]
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("pieces", [1, 7])
+@pytest.mark.parametrize("name", BROKEN)
+async def test_what_is_no_answer_is_none_for_either(name: str, pieces: int) -> None:
+    async with served(partial(say, answer=BROKEN[name], pieces=pieces)) as url:
+        ours, theirs = await ask(PlainTransport(LIMITS), url), await ask(httpx.AsyncHTTPTransport(), url)
+    assert ours in (httpx.RemoteProtocolError, httpx.ReadError)
+    assert theirs in (httpx.RemoteProtocolError, httpx.ReadError)
+
+
+async def test_the_request_is_the_one_that_httpx_sends() -> None:
+    seen: list[bytes] = []
+
+    async def listen(stream: anyio.abc.SocketStream) -> None:
+        seen.append(await heard(stream))
+        await stream.send(WHOLE)
+
+    options: dict[str, Any] = {"params": {"a": "b c"}, "json": {"key": "välue"}, "headers": {"X-Mine": "yes"}}
+    async with served(listen) as url:
+        for transport in (PlainTransport(LIMITS), httpx.AsyncHTTPTransport()):
+            assert (await ask(transport, f"{url}/päth", "POST", **options))[0] == 200
+    assert seen[0] == seen[1]
+
+
+async def test_a_header_that_would_be_two_is_not_sent() -> None:
+    async with served(partial(say, answer=WHOLE, pieces=1)) as url:
+        for value in ("a\r\nX-Evil: b", "a\nb", "a\0b"):
+            assert await ask(PlainTransport(LIMITS), url, headers={"X-Mine": value}) is httpx.LocalProtocolError
+
+
+async def test_nobody_there_is_a_connect_error() -> None:
+    assert await ask(PlainTransport(LIMITS), "http://127.0.0.1:1") is httpx.ConnectError
+    assert await ask(PlainTransport(LIMITS), "http://no-such-host.invalid") is httpx.ConnectError
+
+
+@pytest.mark.parametrize("sent", [b"", OK, OK + b"Content-Length: 9\r\n\r\n{", CHUNKED, CHUNKED + b"9\r\n{"])
+async def test_silence_is_a_timeout_wherever_it_begins(sent: bytes) -> None:
+    async def hang(stream: anyio.abc.SocketStream) -> None:
+        await heard(stream)
+        await stream.send(sent)
+        await anyio.sleep_forever()
+
+    async with served(hang) as url, httpx.AsyncClient(transport=PlainTransport(LIMITS), timeout=0.2) as client:
+        with pytest.raises(httpx.ReadTimeout):
+            await client.get(url)
+
+
+class Counting:
+    """Answers each request over a connection until it is told to close, and counts connections."""
+
+    def __init__(self, *answers: bytes) -> None:
+        self.answers = answers
+        self.opened = self.closed = 0
+        self.let_go = anyio.Event()
+        self.gone = anyio.Event()
+
+    async def __call__(self, stream: anyio.abc.SocketStream) -> None:
+        self.opened += 1
+        try:
+            for answer in self.answers:
+                await heard(stream)
+                await stream.send(answer)
+            await self.let_go.wait()
+        except (anyio.EndOfStream, anyio.BrokenResourceError, OSError):
+            self.closed += 1
+        finally:
+            self.gone.set()
+
+
+@pytest.mark.parametrize("name", ["with a length", "no content", "chunks and trailers", "HTTP/1.0 kept open"])
+async def test_one_connection_serves_many_requests(name: str) -> None:
+    kept = b"HTTP/1.0 200 OK\r\nConnection: Keep-Alive\r\nContent-Length: 0\r\n\r\n"
+    server = Counting(*5 * [ANSWERS.get(name, kept)])
+    async with served(server) as url, httpx.AsyncClient(transport=PlainTransport(LIMITS), timeout=5) as client:
+        for _ in range(5):
+            await client.get(url)
+    assert server.opened == 1
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        OK + b"Connection: close\r\nContent-Length: 2\r\n\r\nhi",
+        b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nhi",
+        OK + b"Content-Length: 2\r\n\r\nhi and more",
+        OK + b"Transfer-Encoding: chunked\r\nContent-Length: 2\r\n\r\n2\r\nhi\r\n0\r\n\r\n",
+    ],
+)
+async def test_a_connection_that_says_or_sends_too_much_is_not_used_again(answer: bytes) -> None:
+    server = Counting(answer, answer)
+    async with served(server) as url, httpx.AsyncClient(transport=PlainTransport(LIMITS), timeout=5) as client:
+        for _ in range(2):
+            assert (await client.get(url)).content == b"hi"
+    assert server.opened == 2
+
+
+async def test_a_connection_that_the_server_has_closed_is_not_used_again() -> None:
+    server = Counting(WHOLE)
+    server.let_go.set()
+    async with served(server) as url, httpx.AsyncClient(transport=PlainTransport(LIMITS), timeout=5) as client:
+        for number in (1, 2, 3):
+            assert (await client.get(url)).content == BODY
+            await server.gone.wait()
+            server.gone = anyio.Event()
+            await anyio.sleep(0.01)  # for the kernel to bring the news
+            assert server.opened == number
+
+
+async def test_old_and_surplus_connections_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    server, clock = Counting(WHOLE, WHOLE), [0.0]
+    monkeypatch.setattr("procworker.server.plain.time.monotonic", lambda: clock[0])
+    transport = PlainTransport(LIMITS)
+    async with served(server) as url, httpx.AsyncClient(transport=transport, timeout=5) as client:
+        async with anyio.create_task_group() as tasks:
+            for _ in range(2):
+                tasks.start_soon(client.get, url)
+        assert (server.opened, len(transport._idle)) == (2, 1)
+        clock[0] = 6.0
+        await client.get(url)
+        assert (server.opened, len(transport._idle)) == (3, 1)
+    assert transport._idle == []
+
+
+async def test_no_more_connections_than_allowed_and_who_waits_too_long_is_told() -> None:
+    async def hold(stream: anyio.abc.SocketStream) -> None:
+        await heard(stream)
+        await held.wait()
+        await stream.send(OK + b"Connection: close\r\nContent-Length: 9\r\n\r\n" + BODY)
+
+    held, got = anyio.Event(), []
+
+    async def get() -> None:
+        got.append((await client.get(url)).content)
+
+    transport = PlainTransport(LIMITS)
+    async with served(hold) as url, httpx.AsyncClient(transport=transport, timeout=5) as client:
+        async with anyio.create_task_group() as tasks:
+            for _ in range(5):
+                tasks.start_soon(get)
+            await anyio.wait_all_tasks_blocked()
+            assert transport._used == 2
+            with pytest.raises(httpx.PoolTimeout):
+                await client.get(url, timeout=httpx.Timeout(5, pool=0.1))
+            held.set()
+    assert got == 5 * [BODY]
+    assert transport._used == 0
+
+
+async def test_a_request_that_is_cancelled_leaves_no_connection_and_no_place_behind() -> None:
+    server = Counting(b"")
+    transport = PlainTransport(LIMITS)
+    async with served(server) as url, httpx.AsyncClient(transport=transport, timeout=5) as client:
+        for _ in range(3):
+            with anyio.move_on_after(0.05):
+                await client.get(url)
+        assert (transport._used, transport._idle) == (0, [])
+
+
+async def test_a_body_that_is_not_read_to_its_end_ends_its_connection() -> None:
+    server = Counting(OK + b"Content-Length: 300000\r\n\r\n" + b"x" * 200_000)
+    transport = PlainTransport(LIMITS)
+    async with served(server) as url, httpx.AsyncClient(transport=transport, timeout=5) as client:
+        async with client.stream("GET", url) as answer:
+            assert transport._used == 1
+            async for _ in answer.aiter_bytes():
+                break
+        assert (transport._used, transport._idle) == (0, [])
