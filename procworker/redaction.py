@@ -57,15 +57,20 @@ def mask_of(secrets: frozenset[str]) -> Mask:
     return Mask(secrets)
 
 
+@lru_cache(maxsize=1024)
+def _looks_secret(name: str) -> bool:
+    return SECRET.search(name) is not None
+
+
 def secrets_in(environ: Mapping[str, Any]) -> frozenset[str]:
     """List the values whose names look secret, and the passwords in URLs."""
     found = set()
     for name, value in environ.items():
         if not isinstance(value, str):
             continue
-        passwords = [value, *value.split()[-1:]] if SECRET.search(name) else []  # "Bearer x", and x
+        passwords = [value, *value.split()[-1:]] if _looks_secret(name) else []  # "Bearer x", and x
         passwords += value.split(":", 1)[1:] if name.upper().endswith("AUTH_STRING") else []
-        passwords += re.findall(r"://[^/\s:@]*:([^/\s]+)@", value)
+        passwords += re.findall(r"://[^/\s:@]*:([^/\s]+)@", value) if "://" in value else []
         found |= {text for password in passwords for text in (password, unquote(password))}
     return frozenset(
         text for text in found if len(text) >= SHORTEST_CREDENTIAL and text.lower() not in ("true", "false")

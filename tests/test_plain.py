@@ -9,6 +9,7 @@ from typing import Any
 
 import anyio
 import anyio.abc
+import anyio.lowlevel
 import httpx
 import pytest
 
@@ -97,7 +98,7 @@ async def say(stream: anyio.abc.SocketStream, answer: bytes, pieces: int) -> Non
     try:
         for start in range(0, len(answer), size):
             await stream.send(answer[start : start + size])
-            await anyio.sleep(0)
+            await anyio.lowlevel.checkpoint()
     except (OSError, anyio.BrokenResourceError):
         pass  # who has seen enough hangs up
 
@@ -259,15 +260,18 @@ async def test_no_more_connections_than_allowed_and_who_waits_too_long_is_told()
         got.append((await client.get(url)).content)
 
     transport = PlainTransport(LIMITS)
-    async with served(hold) as url, httpx.AsyncClient(transport=transport, timeout=5) as client:
-        async with anyio.create_task_group() as tasks:
-            for _ in range(5):
-                tasks.start_soon(get)
-            await anyio.wait_all_tasks_blocked()
-            assert transport._used == 2
-            with pytest.raises(httpx.PoolTimeout):
-                await client.get(url, timeout=httpx.Timeout(5, pool=0.1))
-            held.set()
+    async with (
+        served(hold) as url,
+        httpx.AsyncClient(transport=transport, timeout=5) as client,
+        anyio.create_task_group() as tasks,
+    ):
+        for _ in range(5):
+            tasks.start_soon(get)
+        await anyio.wait_all_tasks_blocked()
+        assert transport._used == 2
+        with pytest.raises(httpx.PoolTimeout):
+            await client.get(url, timeout=httpx.Timeout(5, pool=0.1))
+        held.set()
     assert got == 5 * [BODY]
     assert transport._used == 0
 

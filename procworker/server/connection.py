@@ -50,36 +50,50 @@ class Answer(NamedTuple):
         return self.status == 403 and b"CSRF token" in self.body
 
 
-def connect(
-    settings: Settings, transport: httpx.AsyncBaseTransport | None, headers: Mapping[str, str]
-) -> httpx.AsyncClient:
+class ApiClient(httpx.AsyncClient):
+    """httpx's client, whose hooks, cookies and authentication are skipped by what goes to `origin`: none needs them."""
+
+    origin: tuple[str, bytes] | None = None
+    plain: PlainTransport
+
+    async def send(self, request: httpx.Request, **options: Any) -> httpx.Response:
+        if self.origin == (request.url.scheme, request.url.netloc):
+            response = await self.plain.handle_async_request(request)
+            if not response.has_redirect_location:
+                response.request = request
+                return response
+            await response.aclose()
+        return await super().send(request, **options)
+
+    async def aclose(self) -> None:
+        if self.origin:
+            await self.plain.aclose()
+        await super().aclose()
+
+
+def connect(settings: Settings, transport: httpx.AsyncBaseTransport | None, headers: Mapping[str, str]) -> ApiClient:
     """Make the client; a ConfigurationError says which setting cannot be followed."""
     if not settings.api_url:
         raise ConfigurationError("there is no API to talk to: set PREFECT_API_URL")
     try:
         url = httpx.URL(settings.api_url)
-        return httpx.AsyncClient(
+        direct = _is_direct(url.host)
+        client = ApiClient(
             base_url=url,
             headers=_headers(settings, headers),
             verify=_tls(settings, url.scheme),
             timeout=settings.api_request_timeout,
             limits=LIMITS,
             http2=settings.api_enable_http2 and find_spec("h2") is not None,
-            mounts=_mounts(settings, url) if transport is None else None,
+            mounts={f"all://{url.netloc.decode()}": None} if direct else None,
             transport=transport,
         )
+        if url.scheme == "http" and transport is None and (direct or proxy_to(settings) is None):
+            client.origin, client.plain = (url.scheme, url.netloc), PlainTransport(LIMITS)
+        return client
     except (httpx.InvalidURL, ValueError, ImportError) as error:  # also a malformed or SOCKS proxy
         text = Mask(settings.secrets(), SHORTEST_CREDENTIAL)(str(error))
         raise ConfigurationError(f"PREFECT_API_URL or a proxy variable cannot be used: {text}") from error
-
-
-def _mounts(settings: Settings, url: httpx.URL) -> dict[str, httpx.AsyncBaseTransport | None]:
-    """What leads to the API itself, in place of httpx's choice."""
-    origin, direct = url.netloc.decode(), _is_direct(url.host)
-    mounts: dict[str, httpx.AsyncBaseTransport | None] = {f"all://{origin}": None} if direct else {}
-    if url.scheme == "http" and (direct or proxy_to(settings) is None):
-        mounts[f"http://{origin}"] = PlainTransport(LIMITS)
-    return mounts
 
 
 async def exchange(client: httpx.AsyncClient, request: httpx.Request, strip: Iterable[str]) -> Answer:

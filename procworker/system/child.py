@@ -19,7 +19,7 @@ from procworker.errors import ConfigurationError, SpawnError
 from procworker.system.files import file_limit
 from procworker.system.journal import try_lock
 from procworker.system.subreaper import adoption
-from procworker.system.tree import Process, identify, is_alive
+from procworker.system.tree import Process, identify, is_alive, just_before_now
 
 ADOPTED_POLL_SECONDS = 0.25
 WARM = "PROCWORKER_WARM"
@@ -90,6 +90,7 @@ async def spawn(argv: Sequence[str], *, cwd: Path, env: Mapping[str, str], stdou
     group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", None)  # on Windows
     flags: dict[str, Any] = {"creationflags": group} if group else {}
     file_limit.make_room()
+    before = just_before_now()
     try:
         # A cancelled open_process cleans up after itself, but the lines after it must not be cut off.
         with opened(stdout, stderr) as (out, err), anyio.CancelScope(shield=True), adoption.spawning() as own:
@@ -107,8 +108,8 @@ async def spawn(argv: Sequence[str], *, cwd: Path, env: Mapping[str, str], stdou
             file_limit.restore(spawned.pid)
     except (OSError, ValueError) as error:
         raise SpawnError(_explain(error, argv, env)) from error
-    # One that has ended and was reaped already has no start time any more.
-    return Child(identify(spawned.pid, dead=True) or Process(spawned.pid, -1.0), spawned.wait)
+    # One that has ended and was reaped already has no start time any more; what it left behind is younger than this.
+    return Child(identify(spawned.pid, dead=True) or Process(spawned.pid, before), spawned.wait)
 
 
 def check(cwd: Path, env: Mapping[str, str]) -> None:

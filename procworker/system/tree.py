@@ -180,6 +180,13 @@ def age(process: Process) -> float:
     return time.time() - process.start
 
 
+def just_before_now() -> float:
+    """A start time just below those of all processes that are started from now on; no process has it."""
+    if LINUX:
+        return time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK") // 1 - 0.5
+    return -1.0
+
+
 class Snapshot:
     """All processes at one moment; what more must be known of one is read once."""
 
