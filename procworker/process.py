@@ -32,7 +32,8 @@ from procworker.system.deadman import dead_mans_switch
 from procworker.system.journal import Journal, Page
 from procworker.system.output import Follower, Sink
 from procworker.system.printer import print_line
-from procworker.system.tree import COOKIE, Family, Process, age, describe, find_root, identify, is_touchable
+from procworker.system.processes import COOKIE, Process, age, describe, find_root, identify, is_touchable
+from procworker.system.tree import Family
 from procworker.system.warm import Start, Warm
 from procworker.system.watch import Watch
 from procworker.worker import BaseWorker

@@ -26,7 +26,8 @@ from procworker.errors import ConfigurationError, SpawnError
 from procworker.exits import explain_exit
 from procworker.system.child import Child, join_command, parse_command, spawn
 from procworker.system.files import raised_file_limit
-from procworker.system.tree import Family, identify, is_alive
+from procworker.system.processes import identify, is_alive
+from procworker.system.tree import Family
 
 MISBEHAVE = [sys.executable, "-S", "-E", misbehave.__file__]
 MINIMAL = {"PATH": os.defpath}

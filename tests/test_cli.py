@@ -26,7 +26,8 @@ from procworker import BaseWorker, BaseWorkerResult, ProcessWorker
 from procworker.cli import build_parser
 from procworker.cli.common import SAME_SIGNAL_SECONDS
 from procworker.cli.run import kind_of, parse_pairs
-from procworker.system.tree import Family, Process
+from procworker.system.processes import Process
+from procworker.system.tree import Family
 from procworker.testing import Beside, serving
 from procworker.testing.rows import now
 

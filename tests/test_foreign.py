@@ -16,7 +16,8 @@ import pytest
 from commands import FAST, TEMPLATE, Command
 
 from procworker.system.journal import here
-from procworker.system.tree import Family, Process, find_root, identify
+from procworker.system.processes import Process, find_root, identify
+from procworker.system.tree import Family
 from procworker.testing import Beside, serving
 
 HERE = Path(__file__).parent
@@ -29,7 +30,8 @@ REUSE = """
 import os, subprocess, sys, time
 import anyio
 from misbehave import COOKIE, SLEEP
-from procworker.system.tree import Family, Process, identify, is_alive
+from procworker.system.processes import Process, identify, is_alive
+from procworker.system.tree import Family
 
 def start(**env):
     return subprocess.Popen(SLEEP, start_new_session=True, env={**os.environ, **env})
@@ -62,6 +64,38 @@ anyio.run(main)
 """
 
 
+REUSE_OF_AN_ELDER = """
+import os, subprocess, sys, time
+from misbehave import COOKIE, SLEEP
+from procworker.system import processes
+from procworker.system.processes import identify
+from procworker.system.tree import Family
+
+def start(**env):
+    return subprocess.Popen(SLEEP, start_new_session=True, env={**os.environ, **env})
+
+elder = start()
+time.sleep(0.05)  # start times are counted in hundredths of a second
+ours = start(**{COOKIE: "ours"})
+family = Family(identify(ours.pid), "ours")
+assert family.members() == {family.root}
+print(elder.pid in processes._elders)
+elder.kill()
+elder.wait()
+while (left := start(**{COOKIE: "ours"})).pid != elder.pid:
+    left.kill()
+    left.wait()
+    with open("/proc/sys/kernel/ns_last_pid", "w") as last:
+        last.write(str(elder.pid - 1))
+print(family.members() == {family.root, identify(left.pid)})
+# The negative control: it is the inode that tells one from the other.
+processes._elders[left.pid] = os.stat(f"/proc/{left.pid}").st_ino, 0.0
+print(family.members() == {family.root})
+ours.kill()
+left.kill()
+"""
+
+
 def can_unshare() -> bool:
     try:
         return subprocess.run([*NAMESPACE, "true"], capture_output=True).returncode == 0
@@ -81,6 +115,20 @@ def test_a_pid_that_was_given_again_is_not_taken_for_ours() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["0", "None", "True", "False", "-15"]
+
+
+@pytest.mark.skipif(not can_unshare(), reason="no pid namespace can be made here")
+def test_a_member_with_the_pid_of_an_elder_is_not_overlooked() -> None:
+    path = os.pathsep.join([str(HERE), str(HERE.parent)])
+    done = subprocess.run(
+        [*NAMESPACE, sys.executable, "-c", REUSE_OF_AN_ELDER],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["True", "True", "True"]
 
 
 @pytest.fixture
@@ -222,7 +270,8 @@ UNTOUCHABLE = """
 import os, signal, subprocess, sys
 import anyio
 from misbehave import SLEEP
-from procworker.system.tree import Family, identify
+from procworker.system.processes import identify
+from procworker.system.tree import Family
 
 async def main():
     bystander = subprocess.Popen(SLEEP, start_new_session=True)

@@ -16,7 +16,7 @@ from hosts import SECRET, Host, eventually, hosting
 from procworker.cli.local_logs import show_output
 from procworker.settings import Settings
 from procworker.system.journal import Journal
-from procworker.system.tree import identify
+from procworker.system.processes import identify
 
 COLOURED = "\x1b[31mred\x1b[0m"
 

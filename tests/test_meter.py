@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 from procworker.cli.run.meter import Meter, size
-from procworker.system.tree import Entry, Family, Process, identify
+from procworker.system.processes import Entry, Process, identify
+from procworker.system.tree import Family
 
 BUSY = "import time\nwhile time.process_time() < 0.3: pass\nprint('ready', flush=True)\ntime.sleep(60)"
 FREE = 1 << 23

@@ -32,7 +32,8 @@ from procworker.server.models import FlowRun
 from procworker.settings import Settings
 from procworker.system import tree
 from procworker.system.child import join_command
-from procworker.system.tree import COOKIE, Entry, Family, Process, identify, is_alive, scan
+from procworker.system.processes import COOKIE, Entry, Process, identify, is_alive, scan
+from procworker.system.tree import Family
 from procworker.testing.api import PrefectApi
 
 MISBEHAVE = (sys.executable, "-S", "-E", misbehave.__file__)

@@ -29,7 +29,7 @@ from procworker.home import plain_state_home
 from procworker.settings import Settings
 from procworker.system.census import DEAD, ELSEWHERE, LIVING, take_census
 from procworker.system.journal import Journal, here
-from procworker.system.tree import identify
+from procworker.system.processes import identify
 
 PROFILES = "active = 'x'\n[profiles.x]\nPROCWORKER_HOME = 'elsewhere'"
 FRESH = f"import sys; sys.path.insert(0, {str(ROOT)!r}); "

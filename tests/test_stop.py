@@ -19,7 +19,7 @@ from hosts import Host, eventually, hosting
 from procworker.cancels import CancelWatch
 from procworker.loops import Moved
 from procworker.system.journal import Journal
-from procworker.system.tree import identify
+from procworker.system.processes import identify
 from procworker.system.wishes import ask_to_stop, take_wish
 
 

@@ -22,9 +22,10 @@ import os, signal, subprocess, sys, time
 from contextlib import nullcontext
 import anyio
 from misbehave import COOKIE, SLEEP
-from procworker.system import child, tree
+from procworker.system import child, processes, tree
 from procworker.system.subreaper import adoption, children, subreaper
-from procworker.system.tree import Family, identify, is_alive
+from procworker.system.processes import identify, is_alive
+from procworker.system.tree import Family
 
 MISBEHAVE = [sys.executable, "-S", "-E", "misbehave.py"]
 
@@ -54,7 +55,7 @@ async def until(fact):
             await anyio.sleep(0.01)
 
 def parent(process):
-    return tree._entry(process.pid).parent
+    return processes._entry(process.pid).parent
 
 def state(pid):
     with open(f"/proc/{pid}/stat") as file:

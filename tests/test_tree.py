@@ -20,13 +20,11 @@ import misbehave
 import psutil
 import pytest
 
-from procworker.system import tree
-from procworker.system.tree import (
+from procworker.system import processes, tree
+from procworker.system.processes import (
     COOKIE,
     Entry,
-    Family,
     Process,
-    Scan,
     age,
     describe,
     find_root,
@@ -36,6 +34,7 @@ from procworker.system.tree import (
     scan,
     send,
 )
+from procworker.system.tree import Family, Scan
 
 PYTHON = [sys.executable, "-S", "-E"]
 MISBEHAVE = [*PYTHON, misbehave.__file__]
@@ -122,8 +121,8 @@ def start() -> Iterator[Start]:
 def platform(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run a test with what Linux offers, and again with what there is everywhere."""
     if request.param == "portable":
-        monkeypatch.setattr(tree, "LINUX", False)
-        monkeypatch.setattr(tree, "_entry", tree._portable_entry)
+        monkeypatch.setattr(processes, "LINUX", False)
+        monkeypatch.setattr(processes, "_entry", processes._portable_entry)
         monkeypatch.delattr(os, "pidfd_open")
     return str(request.param)
 
@@ -182,7 +181,7 @@ def test_a_process_whose_first_thread_has_ended_is_alive(start: Start) -> None:
 def test_any_command_name_can_be_read(start: Start, name: str) -> None:
     code = f"import time; open('/proc/self/comm', 'w').write({name!r}); print('READY', flush=True); time.sleep(600)"
     one = start([*PYTHON, "-c", code])
-    entry = tree._linux_entry(one.popen.pid)
+    entry = processes._linux_entry(one.popen.pid)
 
     assert entry == Entry(one.root, os.getpid(), one.popen.pid, False)
 
@@ -192,7 +191,7 @@ def test_both_ways_to_look_at_a_process_agree(start: Start) -> None:
     dead.becomes(os.WEXITED)
 
     for pid in (living.popen.pid, dead.popen.pid):
-        one, other = tree._linux_entry(pid), tree._portable_entry(pid)
+        one, other = processes._linux_entry(pid), processes._portable_entry(pid)
         assert one
         assert other
         assert one[1:] == other[1:]
@@ -248,7 +247,7 @@ def test_what_belongs_to_others_is_not_signalled(start: Start) -> None:
     code = f"""if True:
         import os, sys
         sys.path[:] = {sys.path!r}
-        from procworker.system.tree import Process, identify, mark, send
+        from procworker.system.processes import Process, identify, mark, send
         os.setuid(65534)
         assert not send(identify({one.popen.pid}), 9)
         assert mark({one.popen.pid}) is None
@@ -258,7 +257,7 @@ def test_what_belongs_to_others_is_not_signalled(start: Start) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
     assert done.stdout == "both\n", done.stderr
-    assert tree.mark(one.popen.pid) == one.cookie
+    assert processes.mark(one.popen.pid) == one.cookie
     assert one.alive
 
 
@@ -428,7 +427,7 @@ def test_the_age_of_a_process_is_the_time_since_its_start(start: Start) -> None:
     one = start("sleep")
 
     assert 0 <= age(one.root) + 0.02 < 10
-    assert age(tree.identify(os.getpid())) > age(one.root)
+    assert age(processes.identify(os.getpid())) > age(one.root)
 
 
 @pytest.mark.usefixtures("platform")
@@ -441,15 +440,15 @@ def test_a_mark_is_read_as_it_was_at_the_start(start: Start) -> None:
         for given in ({COOKIE: ""}, {f"X{COOKIE}": "no", "A": f"{COOKIE}=no"}, env)
     )
 
-    assert tree.mark(one.popen.pid) == one.cookie
-    assert tree.mark(emptied.popen.pid) == ""
-    assert tree.mark(absent.popen.pid) is None
-    assert tree.mark(other.popen.pid) == "the one"
+    assert processes.mark(one.popen.pid) == one.cookie
+    assert processes.mark(emptied.popen.pid) == ""
+    assert processes.mark(absent.popen.pid) is None
+    assert processes.mark(other.popen.pid) == "the one"
 
 
 @pytest.mark.usefixtures("platform")
 def test_there_is_no_mark_where_there_is_nobody() -> None:
-    assert tree.mark(NOBODY) is None
+    assert processes.mark(NOBODY) is None
 
 
 # Sessions whose number got a new owner (scripted: Linux would need a full turn of its pids for each)

@@ -31,8 +31,8 @@ from procworker.system import warm, zygote
 from procworker.system.child import Child
 from procworker.system.files import file_limit, raised_file_limit
 from procworker.system.interpreter import Interpreter
+from procworker.system.processes import COOKIE, LINUX, find_root
 from procworker.system.subreaper import subreaper
-from procworker.system.tree import COOKIE, LINUX, find_root
 from procworker.system.warm import Warm
 from procworker.system.zygote import Zygote
 

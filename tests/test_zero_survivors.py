@@ -19,7 +19,7 @@ import misbehave
 import pytest
 from commands import FAST, Command, fake_prefect
 
-from procworker.system.tree import Process, identify, is_alive, send
+from procworker.system.processes import Process, identify, is_alive, send
 from procworker.testing import Beside, serving
 
 SCRIPT = misbehave.__file__

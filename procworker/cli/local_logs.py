@@ -19,9 +19,9 @@ from procworker.settings import Settings
 from procworker.system.census import HostRun
 from procworker.system.child import Child
 from procworker.system.printer import PRINTER
+from procworker.system.processes import COOKIE, LINUX, Process
 from procworker.system.records import read_record
 from procworker.system.spool import Spool
-from procworker.system.tree import COOKIE, LINUX, Process
 
 LOOK_SECONDS = 0.2
 OWN = ("api_url", "api_key", "api_auth_string", "client_custom_headers")

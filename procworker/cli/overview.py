@@ -10,7 +10,7 @@ from typing import Any
 
 from procworker.cli.terminal import Terminal, cut, plain, table, width
 from procworker.system.census import DEAD, ELSEWHERE, LIVING, Census, HostRun
-from procworker.system.tree import age
+from procworker.system.processes import age
 
 JSON = dict[str, Any]
 

@@ -198,7 +198,7 @@ async def _build(settings: Settings, arguments: argparse.Namespace, tally: Tally
     from procworker.process import ProcessWorker
     from procworker.shift import Drain
     from procworker.system.interpreter import find_interpreter
-    from procworker.system.tree import COOKIE
+    from procworker.system.processes import COOKIE
 
     drain = Drain(arguments.wait or 0.0, arguments.idle_timeout or 0.0, arguments.max_runs) if arguments.drain else None
     template = _read_template(arguments.base_job_template) if arguments.base_job_template else None

@@ -24,7 +24,7 @@ from anyio import CancelScope, current_time, fail_after, move_on_after, sleep, t
 
 from procworker.errors import ConfigurationError
 from procworker.local import keeper
-from procworker.system.tree import COOKIE
+from procworker.system.processes import COOKIE
 
 LEAVE_SECONDS = 15.0
 PAUSE_SECONDS = 0.05

@@ -18,8 +18,9 @@ from typing import Any
 import psutil
 
 from procworker.system.journal import NEW, here
+from procworker.system.processes import LINUX, Process, age, identify, scan
 from procworker.system.records import JSON, read_record, read_told
-from procworker.system.tree import LINUX, Process, Snapshot, age, identify, scan
+from procworker.system.tree import Snapshot
 
 try:
     import fcntl

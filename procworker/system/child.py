@@ -18,8 +18,8 @@ import psutil
 from procworker.errors import ConfigurationError, SpawnError
 from procworker.system.files import file_limit
 from procworker.system.journal import try_lock
+from procworker.system.processes import Process, identify, is_alive, just_before_now
 from procworker.system.subreaper import adoption
-from procworker.system.tree import Process, identify, is_alive, just_before_now
 
 ADOPTED_POLL_SECONDS = 0.25
 WARM = "PROCWORKER_WARM"

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from procworker.system.tree import COOKIE
+from procworker.system.processes import COOKIE
 
 LEAVE_SECONDS = 5.0
 ROOT = str(Path(__file__).parents[2])

@@ -8,183 +8,26 @@ taken for it.
 
 from __future__ import annotations
 
-import errno
-import os
 import signal
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import cached_property
-from typing import NamedTuple
 from weakref import WeakSet
 
 import anyio
 import anyio.lowlevel
-import psutil
 
+from procworker.system.processes import LINUX, Entry, Process, is_alive, mark, scan, send, untouchable
 from procworker.system.subreaper import adoption
-
-COOKIE = "PROCWORKER_RUN"
-"""Name of the environment variable that marks everything a run started."""
 
 KILL_SECONDS = 5.0
 LOOKS, LOOK_PAUSE_SECONDS = 100, 0.1
-_DEAD = {b"Z", b"X"}
-_MARK = f"\0{COOKIE}=".encode()
-_PIECE = 16 * 1024
 _STOP = getattr(signal, "SIGSTOP", None)
 _CONT = getattr(signal, "SIGCONT", None)
 _KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 
 
-class Process(NamedTuple):
-    """One process, for good: `start` is the kernel's start time, so a reused pid compares unequal."""
-
-    pid: int
-    start: float
-
-
-class Entry(NamedTuple):
-    """What a scan saw of one process."""
-
-    process: Process
-    parent: int
-    session: int
-    dead: bool
-
-
 Scan = Callable[[], Iterable[Entry]]
-
-
-def identify(pid: int, *, dead: bool = False) -> Process | None:
-    """Name the living process that has this pid now, or None; with `dead`, a zombie too."""
-    entry = _entry(pid)
-    return None if entry is None or (entry.dead and not dead) else entry.process
-
-
-def is_touchable(process: Process) -> bool:
-    """Is it neither init, nor ourselves, nor one of our ancestors?"""
-    return process.pid not in _untouchable()
-
-
-def is_alive(process: Process) -> bool:
-    """Is exactly this process still there? A zombie is dead."""
-    try:
-        return identify(process.pid) == process
-    except OSError:  # who cannot be looked at is not gone
-        return True
-
-
-def send(process: Process, signum: int) -> bool:
-    """Signal exactly this process; False when it is gone or not ours to signal."""
-    if process.pid <= 1 or process.pid == os.getpid():
-        return False
-    handle = -1
-    try:
-        # The descriptor pins the process, so nothing can take its pid between the check and the signal. Old kernels
-        # and some containers have none; without it the check alone must do.
-        with suppress(AttributeError, OSError):
-            handle = os.pidfd_open(process.pid)
-        if identify(process.pid) != process:  # raises where it cannot be looked at: then it is not signalled
-            return False
-        if handle >= 0:
-            signal.pidfd_send_signal(handle, signum)
-        else:
-            psutil.Process(process.pid).send_signal(signum)
-    except (OSError, psutil.Error):
-        return False
-    finally:
-        if handle >= 0:
-            os.close(handle)
-    return True
-
-
-def _read(path: str) -> bytes | None:
-    """Read a file below /proc: thousands of them at a time, hence by hand."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):  # it is we who cannot look
-            raise
-        return None
-    try:
-        data = piece = os.read(descriptor, _PIECE)
-        while len(piece) == _PIECE:
-            data += (piece := os.read(descriptor, _PIECE))
-        return data
-    except OSError:
-        return None
-    finally:
-        os.close(descriptor)
-
-
-def _linux_entry(pid: int) -> Entry | None:
-    if (stat := _read(f"/proc/{pid}/stat")) is None:
-        return None
-    # The command may hold blanks and brackets: the fields start after the last bracket.
-    state, parent, _, session, *rest = stat[stat.rfind(b")") + 2 :].split()
-    # A process whose first thread has ended looks like a zombie while its other threads run on.
-    dead = state in _DEAD and int(rest[13]) <= 1
-    return Entry(Process(pid, float(rest[15])), int(parent), int(session), dead)
-
-
-def _portable_entry(pid: int) -> Entry | None:
-    try:
-        process = psutil.Process(pid)
-        with process.oneshot():
-            session = os.getsid(pid) if hasattr(os, "getsid") else 0
-            dead = process.status() == psutil.STATUS_ZOMBIE
-            return Entry(Process(pid, process.create_time()), process.ppid(), session, dead)
-    except (psutil.Error, OSError):
-        return None
-
-
-LINUX = sys.platform.startswith("linux")
-_entry = _linux_entry if LINUX else _portable_entry
-
-
-def scan() -> Iterator[Entry]:
-    """List every process of this host."""
-    pids = (int(name) for name in os.listdir("/proc") if name.isdigit()) if LINUX else psutil.pids()
-    return (entry for pid in pids if (entry := _entry(pid)) is not None)
-
-
-def mark(pid: int) -> str | None:
-    """Return the cookie that this process was started with: "" when it was emptied, None when there is none to see."""
-    if not LINUX:
-        try:
-            return psutil.Process(pid).environ().get(COOKIE)
-        except (psutil.Error, OSError):
-            return None
-    environ = b"\0" + (_read(f"/proc/{pid}/environ") or b"")
-    start = environ.find(_MARK)
-    if start < 0:
-        return None
-    return environ[start + len(_MARK) :].partition(b"\0")[0].decode("utf-8", "replace")
-
-
-def find_root(cookie: str) -> Process | None:
-    """Return the eldest living process that was started with this cookie."""
-    return min(
-        (entry.process for entry in scan() if not entry.dead and mark(entry.process.pid) == cookie),
-        key=lambda process: process.start,
-        default=None,
-    )
-
-
-def age(process: Process) -> float:
-    """How many seconds ago the process was started, those that the system slept included."""
-    if LINUX:
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - process.start / os.sysconf("SC_CLK_TCK")
-    return time.time() - process.start
-
-
-def just_before_now() -> float:
-    """A start time just below those of all processes that are started from now on; no process has it."""
-    if LINUX:
-        return time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK") // 1 - 0.5
-    return -1.0
 
 
 class Snapshot:
@@ -230,9 +73,16 @@ class Lookout:
         return turn[0]
 
 
-_lookout = Lookout(scan)
 _families: WeakSet[Family] = WeakSet()
 """Those that run."""
+
+
+def _scan() -> Iterable[Entry]:
+    """List what may belong to a run: nothing that is older than the oldest of them."""
+    return scan(min((family.root.start for family in _families), default=0.0))
+
+
+_lookout = Lookout(_scan)
 _spared: set[Process] = set()
 """Orphans that a run was allowed to leave."""
 
@@ -276,13 +126,13 @@ class Family:
         # The kernel keeps a session's number while it has members. A stranger can hold it only after the last of
         # ours has gone: so once it was seen empty, or led by somebody else, it says nothing about us any more.
         self._session_open &= leader is None or leader.process == self.root
-        untouchable = _untouchable()  # whoever descends from them need not descend from us
-        ours = {pid for pid, entry in entries.items() if self._is_ours(pid, entry, seen)} - untouchable
+        spared = untouchable()  # whoever descends from them need not descend from us
+        ours = {pid for pid, entry in entries.items() if self._is_ours(pid, entry, seen)} - spared
         if leader is None or leader.session == self.root.pid:  # else it has just been forked, and leads none yet
             self._session_open &= any(entries[pid].session == self.root.pid for pid in ours)
         queue = list(ours)
         while queue:
-            children = set(seen.children.get(queue.pop(), ())) - ours - untouchable
+            children = set(seen.children.get(queue.pop(), ())) - ours - spared
             born = {pid for pid in children if seen.mark(pid) is None}
             ours |= born
             queue.extend(born)
@@ -374,19 +224,3 @@ class Family:
             self.ended |= living
             await anyio.sleep(0.02)
         return set()
-
-
-def describe(process: Process) -> str:
-    """Name a process for a person: pid and command name, never its arguments (they may hold secrets)."""
-    with suppress(psutil.Error):
-        return f"{process.pid} ({psutil.Process(process.pid).name()})"
-    return str(process.pid)
-
-
-def _untouchable() -> set[int]:
-    """Pids that are never signalled: init, ourselves and our ancestors."""
-    pids, pid = {0, 1}, os.getpid()
-    while pid > 1 and (entry := _entry(pid)) is not None and pid not in pids:
-        pids.add(pid)
-        pid = entry.parent
-    return pids

@@ -22,7 +22,7 @@ from anyio.abc import TaskGroup
 
 from procworker.system.child import Child, check, spawn
 from procworker.system.interpreter import Interpreter
-from procworker.system.tree import COOKIE, LINUX
+from procworker.system.processes import COOKIE, LINUX
 from procworker.system.zygote import Library, NotForked, Zygote
 
 MOST = 4

@@ -21,8 +21,8 @@ from procworker.errors import SpawnError
 from procworker.system.child import WARM, Child, check, opened
 from procworker.system.files import file_limit
 from procworker.system.interpreter import Interpreter
+from procworker.system.processes import COOKIE, Process, find_root, identify, is_alive
 from procworker.system.subreaper import adoption
-from procworker.system.tree import COOKIE, Process, find_root, identify, is_alive
 
 SCRIPT = str(Path(__file__).with_name("_zygote.py"))
 IDLE_SECONDS, REPLY_SECONDS, LEAVE_SECONDS, LOOK_SECONDS = 600.0, 10.0, 2.0, 1.0

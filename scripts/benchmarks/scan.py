@@ -14,7 +14,8 @@ from contextlib import contextmanager
 
 import psutil
 
-from procworker.system.tree import COOKIE, Family, identify
+from procworker.system.processes import COOKIE, identify
+from procworker.system.tree import Family
 from scripts.benchmarks.figures import Row, Sample, compare
 
 OPTIONS: dict[str, tuple[float, str]] = {}

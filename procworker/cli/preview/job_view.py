@@ -17,7 +17,7 @@ from procworker.run import CANCEL_GRACE_SECONDS
 from procworker.settings import Settings
 from procworker.system.child import join_command, parse_command
 from procworker.system.interpreter import locate
-from procworker.system.tree import COOKIE
+from procworker.system.processes import COOKIE
 from procworker.template import BLOCK
 
 JSON = dict[str, Any]

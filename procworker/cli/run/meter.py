@@ -8,7 +8,8 @@ from contextlib import suppress
 import anyio
 import psutil
 
-from procworker.system.tree import Family, Process
+from procworker.system.processes import Process
+from procworker.system.tree import Family
 
 FIRST_SECONDS, LOOK_SECONDS = 0.03, 1.0
 COST = 10
