@@ -6,8 +6,9 @@ import logging
 import re
 import ssl
 from base64 import b64encode
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import aclosing
+from functools import partial
 from importlib.util import find_spec
 from ipaddress import ip_address, ip_network
 from typing import Any, NamedTuple
@@ -50,47 +51,69 @@ class Answer(NamedTuple):
         return self.status == 403 and b"CSRF token" in self.body
 
 
-class ApiClient(httpx.AsyncClient):
-    """httpx's client, whose hooks, cookies and authentication are skipped by what goes to `origin`: none needs them."""
+class _Given(httpx.AsyncBaseTransport):
+    """Answers with what there is already."""
 
-    origin: tuple[str, bytes] | None = None
-    plain: PlainTransport
+    def __init__(self, response: httpx.Response) -> None:
+        self._response = response
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        return self._response
+
+
+class PlainClient(httpx.AsyncClient):
+    """A client for one origin in plain HTTP: without what httpx makes of each request, none of which the API needs.
+
+    Where a redirect leads elsewhere, httpx's own client goes on; until then not even its modules are loaded.
+    """
+
+    def __init__(self, url: httpx.URL, beyond: Callable[[], httpx.AsyncClient], **options: Any) -> None:
+        self._plain = PlainTransport(LIMITS)
+        super().__init__(base_url=url, transport=self._plain, **options)
+        self._origin = url.scheme, url.netloc
+        self._make_beyond = beyond
+        self._beyond: httpx.AsyncClient | None = None
 
     async def send(self, request: httpx.Request, **options: Any) -> httpx.Response:
-        if self.origin == (request.url.scheme, request.url.netloc):
-            response = await self.plain.handle_async_request(request)
-            if not response.has_redirect_location:
-                response.request = request
-                return response
-            await response.aclose()
-        return await super().send(request, **options)
+        if (request.url.scheme, request.url.netloc) != self._origin:
+            if self._beyond is None:
+                self._beyond = self._make_beyond()
+            return await self._beyond.send(request, **options)
+        response = await self._plain.handle_async_request(request)
+        if response.has_redirect_location:  # httpx knows what may be asked for next, and with which headers
+            async with httpx.AsyncClient(transport=_Given(response)) as client:
+                return await client.send(request, **options)
+        response.request = request
+        return response
 
     async def aclose(self) -> None:
-        if self.origin:
-            await self.plain.aclose()
         await super().aclose()
+        if self._beyond is not None:
+            await self._beyond.aclose()
 
 
-def connect(settings: Settings, transport: httpx.AsyncBaseTransport | None, headers: Mapping[str, str]) -> ApiClient:
+def connect(
+    settings: Settings, transport: httpx.AsyncBaseTransport | None, headers: Mapping[str, str]
+) -> httpx.AsyncClient:
     """Make the client; a ConfigurationError says which setting cannot be followed."""
     if not settings.api_url:
         raise ConfigurationError("there is no API to talk to: set PREFECT_API_URL")
     try:
         url = httpx.URL(settings.api_url)
-        direct = _is_direct(url.host)
-        client = ApiClient(
+        own: dict[str, Any] = {"headers": _headers(settings, headers), "timeout": settings.api_request_timeout}
+        full = partial(
+            httpx.AsyncClient,
             base_url=url,
-            headers=_headers(settings, headers),
             verify=_tls(settings, url.scheme),
-            timeout=settings.api_request_timeout,
             limits=LIMITS,
             http2=settings.api_enable_http2 and find_spec("h2") is not None,
-            mounts={f"all://{url.netloc.decode()}": None} if direct else None,
+            mounts={f"all://{url.netloc.decode()}": None} if _is_direct(url.host) else None,
             transport=transport,
+            **own,
         )
-        if url.scheme == "http" and transport is None and (direct or proxy_to(settings) is None):
-            client.origin, client.plain = (url.scheme, url.netloc), PlainTransport(LIMITS)
-        return client
+        if url.scheme == "http" and transport is None and proxy_to(settings) is None:
+            return PlainClient(url, full, **own)
+        return full()
     except (httpx.InvalidURL, ValueError, ImportError) as error:  # also a malformed or SOCKS proxy
         text = Mask(settings.secrets(), SHORTEST_CREDENTIAL)(str(error))
         raise ConfigurationError(f"PREFECT_API_URL or a proxy variable cannot be used: {text}") from error
