@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from datetime import datetime, timedelta, timezone
 from uuid import UUID
 
 import anyio
 
 from procworker.run import Run
+from procworker.server.client import Client
 from procworker.server.models import FlowRun
 
 IDLE_POLL_SECONDS, BUSY_POLL_SECONDS, BUSY_SECONDS, SHORTEST_POLL_SECONDS = 10.0, 1.0, 30.0, 0.05
+
+ROWS_AHEAD, FRESH_SECONDS = 8, 1.0
+"""How many runs more than there is room for a poll asks for, and how long these may be taken without another poll: half
+as long as an answer is good for a claim."""
 
 
 class Intake:
@@ -31,6 +37,9 @@ class Intake:
         self._limit = limit
         self._query_seconds = query_seconds
         self._refused: dict[UUID, float] = {}
+        self._rows: list[FlowRun] = []
+        self._is_full = False
+        self.answered_at = float("-inf")
 
     def poll_seconds(self) -> float:
         """How long to wait between two polls: as long as the settings say, or less after there was something to do."""
@@ -46,16 +55,31 @@ class Intake:
         return max(0, min([room, *(limit - len(self._runs) for limit in limits)]))
 
     def wanted(self) -> int:
-        """How many rows a poll has to ask for, so that it shows whether there are more."""
+        """How many rows a poll has to ask for: it shall show whether there are more, and some of these."""
         now = anyio.current_time()
         self._refused = {id: until for id, until in self._refused.items() if until > now}
-        return len(self._runs) + len(self._refused) + self.room() + 1
+        return len(self._runs) + len(self._refused) + self.room() + 1 + ROWS_AHEAD
 
-    def choose(self, rows: Sequence[FlowRun]) -> Sequence[FlowRun]:
-        """Pick those to take, in the server's order."""
-        due = [flow_run for flow_run in rows if flow_run.id not in self._runs.keys() | self._refused.keys()]
+    async def poll(self, client: Client, pool: str, queues: Iterable[str], prefetch_seconds: float) -> None:
+        """Ask what is due within so many seconds, in the server's order; ObjectNotFound if pool or queue is unknown."""
+        self._rows, self._is_full, asked = [], False, self.wanted()
+        horizon = datetime.now(timezone.utc) + timedelta(seconds=int(prefetch_seconds))
+        found = await client.get_scheduled_flow_runs_for_work_pool(pool, sorted(queues), horizon, asked, retries=0)
+        self._rows, self._is_full = [row.flow_run for row in found], len(found) >= asked
+        self.answered_at = anyio.current_time()
+
+    @property
+    def knows_more(self) -> bool:
+        """Does a fresh answer show a run that was not taken yet?"""
+        return bool(self._rows) and anyio.current_time() - self.answered_at < FRESH_SECONDS
+
+    def choose(self) -> Sequence[FlowRun]:
+        """Pick those to take of what the last poll has shown."""
+        taken = self._runs.keys() | self._refused.keys()
+        due = [flow_run for flow_run in self._rows if flow_run.id not in taken]
         room = self.room()
-        self.more_due = len(due) > room
+        self.more_due = len(due) > room or self._is_full
+        self._rows = due[room:]
         return due[:room]
 
     @asynccontextmanager

@@ -7,7 +7,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, nullcontext
-from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 from uuid import UUID, uuid4
 
@@ -289,24 +288,23 @@ class BaseWorker(Infrastructure[C, V, R], Generic[C, V, R]):
     # Poll and admit
 
     async def get_and_submit_flow_runs(self) -> list[FlowRun]:
-        """Poll once and start as many due flow runs as there is room for; return those that are starting."""
+        """Poll, unless the last answer shows more; start due flow runs while there is room; return what is starting."""
         client, intake = self.client, self._intake
         self._vitals.polls()
         if self._work_pool_name is None or self._work_pool is None:
             return []  # not synced yet
         if intake.room():
-            horizon = datetime.now(timezone.utc) + timedelta(seconds=int(self._prefetch_seconds))
-            began, refusal = anyio.current_time(), None
-            try:
-                rows = await client.get_scheduled_flow_runs_for_work_pool(
-                    self._work_pool_name, sorted(self._work_queues), horizon, intake.wanted(), retries=0
-                )
-            except ObjectNotFound as error:
-                refusal, rows = f"the pool or a queue does not exist: {error}", []
-            self._idleness.polled(anyio.current_time() - began, client.http.clock_offset, refusal)
-            self._sources, answered_at = self._sources.renewed(), anyio.current_time()
-            for flow_run in intake.choose([row.flow_run for row in rows]):
-                self._admit(Run(self, flow_run, self.get_flow_run_logger(flow_run), self._sources, answered_at))
+            if not intake.knows_more:
+                began, refusal = anyio.current_time(), None
+                try:
+                    await intake.poll(client, self._work_pool_name, self._work_queues, self._prefetch_seconds)
+                except ObjectNotFound as error:
+                    refusal = f"the pool or a queue does not exist: {error}"
+                self._idleness.polled(anyio.current_time() - began, client.http.clock_offset, refusal)
+            self._sources = self._sources.renewed()
+            for flow_run in intake.choose():
+                logger = self.get_flow_run_logger(flow_run)
+                self._admit(Run(self, flow_run, logger, self._sources, intake.answered_at))
         self._idleness.filled(self.limit, len(self.runs), intake.more_due)
         return [run.flow_run for run in self.runs.values() if run.starting]
 

@@ -193,7 +193,7 @@ async def test_a_worker_that_is_open_can_be_started_and_stays_open(server: Prefe
 
 async def test_a_hiccup_while_something_runs_does_not_end_run_once(server: PrefectApi) -> None:
     deployment = server.add_deployment()
-    ids = [server.schedule(deployment) for _ in range(5)]
+    ids = [server.schedule(deployment) for _ in range(30)]
     polls = 0
 
     def second(request: Any) -> bool:
@@ -223,6 +223,41 @@ async def test_runs_that_cannot_be_claimed_do_not_starve_the_others(server: Pref
 
     claims = [request for request in server.requests if request.path.endswith("set_state")]
     assert len(claims) <= 7
+
+
+@pytest.mark.parametrize(("fresh", "polls"), [(1.0, range(1, 6)), (0.0, range(6, 40))], ids=["kept", "not kept"])
+async def test_one_poll_serves_several_starts(
+    server: PrefectApi, monkeypatch: pytest.MonkeyPatch, fresh: float, polls: range
+) -> None:
+    monkeypatch.setattr("procworker.intake.FRESH_SECONDS", fresh)
+    monkeypatch.setattr("os.cpu_count", lambda: 1)  # one start at a time
+    deployment = server.add_deployment()
+    ids = [server.schedule(deployment) for _ in range(20)]
+    worker = make(server, completing(server))
+    await worker.start(run_once=True, printer=lambda *line: None)
+
+    assert worker.started == [str(id) for id in ids]
+    assert {server.run(id).state.type for id in ids} == {"COMPLETED"}
+    assert len(server.seen("POST", "get_scheduled_flow_runs")) in polls
+
+
+async def test_an_old_answer_starts_nothing(server: PrefectApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who was shown by it and then moved is gone from the next one."""
+    monkeypatch.setattr("procworker.intake.FRESH_SECONDS", 0.2)
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    deployment, release = server.add_deployment(), anyio.Event()
+    first, second = server.schedule(deployment), server.schedule(deployment)
+    async with make(server, waiting(server, release)) as worker:
+        await worker.get_and_submit_flow_runs()
+        assert worker._intake.knows_more
+        await server.wait_state(first, "RUNNING")
+        await anyio.sleep(0.2)
+        assert not worker._intake.knows_more
+        server.set_state(second, "CANCELLED")
+        await worker.get_and_submit_flow_runs()
+        release.set()
+
+    assert worker.started == [str(first)]
 
 
 async def test_the_same_run_is_not_executed_twice_at_once(server: PrefectApi) -> None:
