@@ -518,6 +518,23 @@ def test_no_proxy_knows_domains_and_networks(
     assert _is_direct(host) is direct
 
 
+async def test_a_proxy_that_cannot_be_used_is_told_where_a_redirect_needs_it(
+    server: PrefectApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("https_proxy", "socks5://me:password@127.0.0.1")
+    server.fault("GET", "/health", status=307, headers={"Location": "https://prefect.test/api/health"})
+    async with talking(server.url) as http:
+        with pytest.raises(ConfigurationError, match="proxy"):
+            await http.request("GET", "/health", retries=0)
+
+
+async def test_credentials_in_the_url_are_sent(server: PrefectApi) -> None:
+    async with talking(server.url.replace("http://", "http://me:pass%40word@")) as http:
+        await http.request("GET", "/health")
+
+    assert server.requests[-1].headers["authorization"] == "Basic bWU6cGFzc0B3b3Jk"
+
+
 @pytest.mark.parametrize("proxy", ["http://me:password@proxy.test:x", "socks5://me:password@127.0.0.1"])
 async def test_a_proxy_that_cannot_be_used_is_a_configuration_error(
     monkeypatch: pytest.MonkeyPatch, proxy: str

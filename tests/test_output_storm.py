@@ -38,7 +38,7 @@ BLOCKS = {
     "bars": b"\r 42%|####   |",
     "binary": bytes(range(256)),
 }
-MARK = re.compile(r"\[procworker: (\d+) bytes of stdout were dropped here, the output is larger than .*\]")
+MARK = re.compile(r"\[procworker: (\d+) bytes of stdout were dropped here, no more than .* are kept\]")
 LINE_END = re.compile(rb"[\r\n]")
 WRITER = """
 import os, sys, time

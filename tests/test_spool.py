@@ -6,6 +6,7 @@ import os
 import re
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -15,7 +16,7 @@ from procworker.system import spool as module
 from procworker.system.spool import CHUNK, LINE_LIMIT, Spool
 
 CAP = 256 * 1024
-MARK = re.compile(r"\[procworker: (\d+) bytes of stdout were dropped here, the output is larger than 256 KiB\]")
+MARK = re.compile(r"\[procworker: (\d+) bytes of stdout were dropped here, no more than 256 KiB are kept\]")
 
 
 @pytest.fixture
@@ -92,13 +93,65 @@ def test_what_nobody_reads_is_bounded_and_the_cut_is_marked(path: Path, punch: b
 def test_there_is_room_for_what_is_written_until_the_next_look(
     path: Path, monkeypatch: pytest.MonkeyPatch, share: int
 ) -> None:
-    monkeypatch.setattr("procworker.system.spool.MARK_SECONDS", 0)
+    monkeypatch.setattr("procworker.system.spool.MEASURE_SECONDS", 0)
     spool, piece, most = Spool("stdout", path, CAP), numbered(0, 5000)[: CAP // share], 0
     for _ in range(100):
         append(path, piece)
         most = max(most, disk(path))
         spool.trim()
     assert CAP // 2 <= most <= CAP
+
+
+def test_one_burst_below_the_cap_is_kept_whole(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("procworker.system.spool.MEASURE_SECONDS", 0)
+    spool = Spool("stdout", path, CAP)
+    spool.trim()
+    append(path, written := numbered(0, 5000)[: CAP * 3 // 4].rpartition(b"\n")[0] + b"\n")
+    for _ in range(5):
+        spool.trim()
+    assert "".join(line + "\n" for line in read_all(spool)).encode() == written
+
+
+def test_what_waits_for_long_is_kept_up_to_the_cap(path: Path) -> None:
+    spool, written = Spool("stdout", path, CAP), b""
+    while len(written) < CAP * 15 // 16:
+        append(path, piece := numbered(len(written), 20))
+        written += piece
+        spool.trim()
+    lines = read_all(spool)
+    assert not any(map(MARK.fullmatch, lines))
+    assert "".join(line + "\n" for line in lines).encode() == written
+
+
+def test_what_an_adopted_run_had_written_before_is_no_pace(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("procworker.system.spool.MEASURE_SECONDS", 0)
+    append(path, numbered(0, 5000)[: CAP // 2])
+    spool = Spool("stdout", path, CAP)
+    spool.prime()
+    written = b""
+    for turn in range(10):
+        append(path, piece := numbered(turn, 100))
+        written += piece
+        spool.trim()
+    assert "".join(line + "\n" for line in read_all(spool)).encode().endswith(written)
+
+
+def test_a_pace_is_forgotten_in_seconds(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("procworker.system.spool.time", SimpleNamespace(monotonic=lambda: now[0]))
+    spool = Spool("stdout", path, CAP)
+
+    def look(after: float, size: int) -> None:
+        now[0] += after
+        append(path, b"x" * size)
+        spool.trim()
+
+    for _ in range(5):
+        look(0.01, CAP // 4)
+    assert spool._room < CAP * 5 // 8
+    for _ in range(50):
+        look(0.1, 0)
+    assert spool._room > CAP * 15 // 16
 
 
 def test_without_a_cap_the_disk_fills(path: Path) -> None:

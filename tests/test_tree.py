@@ -122,6 +122,7 @@ def platform(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """Run a test with what Linux offers, and again with what there is everywhere."""
     if request.param == "portable":
         monkeypatch.setattr(processes, "LINUX", False)
+        monkeypatch.setattr(tree, "LINUX", False)
         monkeypatch.setattr(processes, "_entry", processes._portable_entry)
         monkeypatch.delattr(os, "pidfd_open")
     return str(request.param)

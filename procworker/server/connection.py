@@ -6,8 +6,8 @@ import logging
 import re
 import ssl
 from base64 import b64encode
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import aclosing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import aclosing, contextmanager
 from functools import partial
 from importlib.util import find_spec
 from ipaddress import ip_address, ip_network
@@ -24,8 +24,11 @@ from procworker.settings import Settings
 
 BODY_LIMIT = 64 * 1024 * 1024
 REDIRECTS = 5
-# Each idle connection is looked at for every request: four are enough for the pace of flow runs.
-LIMITS = httpx.Limits(max_connections=16, max_keepalive_connections=4, keepalive_expiry=25)
+# httpx looks at each idle connection for every request: four are enough for the pace of flow runs.
+CONNECTIONS, IDLE_CONNECTIONS, IDLE_SECONDS = 16, 4, 25.0
+LIMITS = httpx.Limits(
+    max_connections=CONNECTIONS, max_keepalive_connections=IDLE_CONNECTIONS, keepalive_expiry=IDLE_SECONDS
+)
 # Servers treat a client that calls itself prefect/x.y as that version, so this one uses its own name.
 OWN_HEADERS = {"user-agent": f"procworker/{__version__}", "x-prefect-api-version": "0.8.4"}
 RESERVED_HEADERS = {"user-agent", "prefect-csrf-token", "prefect-csrf-client"}
@@ -62,27 +65,29 @@ class _Given(httpx.AsyncBaseTransport):
 
 
 class PlainClient(httpx.AsyncClient):
-    """A client for one origin in plain HTTP: without what httpx makes of each request, none of which the API needs.
+    """A client for one origin in plain HTTP that streams answers without httpx's hooks and cookies: nobody needs them.
 
-    Where a redirect leads elsewhere, httpx's own client goes on; until then not even its modules are loaded.
+    Where a redirect leads elsewhere, another client goes on; until then not even its modules are loaded.
     """
 
     def __init__(self, url: httpx.URL, beyond: Callable[[], httpx.AsyncClient], **options: Any) -> None:
-        self._plain = PlainTransport(LIMITS)
+        self._plain = PlainTransport(CONNECTIONS, IDLE_CONNECTIONS, IDLE_SECONDS)
         super().__init__(base_url=url, transport=self._plain, **options)
         self._origin = url.scheme, url.netloc
         self._make_beyond = beyond
         self._beyond: httpx.AsyncClient | None = None
 
-    async def send(self, request: httpx.Request, **options: Any) -> httpx.Response:
+    async def send(self, request: httpx.Request, *, stream: bool = False, **options: Any) -> httpx.Response:
         if (request.url.scheme, request.url.netloc) != self._origin:
             if self._beyond is None:
                 self._beyond = self._make_beyond()
-            return await self._beyond.send(request, **options)
+            return await self._beyond.send(request, stream=stream, **options)
+        if not stream or options or self.is_closed:
+            return await super().send(request, stream=stream, **options)
         response = await self._plain.handle_async_request(request)
         if response.has_redirect_location:  # httpx knows what may be asked for next, and with which headers
             async with httpx.AsyncClient(transport=_Given(response)) as client:
-                return await client.send(request, **options)
+                return await client.send(request, stream=True)
         response.request = request
         return response
 
@@ -98,11 +103,19 @@ def connect(
     """Make the client; a ConfigurationError says which setting cannot be followed."""
     if not settings.api_url:
         raise ConfigurationError("there is no API to talk to: set PREFECT_API_URL")
-    try:
+    own: dict[str, Any] = {"headers": _headers(settings, headers), "timeout": settings.api_request_timeout}
+    with _explained(settings):
         url = httpx.URL(settings.api_url)
-        own: dict[str, Any] = {"headers": _headers(settings, headers), "timeout": settings.api_request_timeout}
-        full = partial(
-            httpx.AsyncClient,
+        # Credentials in a URL are something that httpx has rules for.
+        if url.scheme == "http" and not (transport or url.userinfo or proxy_to(settings)):
+            return PlainClient(url, partial(_full, settings, None, own), **own)
+    return _full(settings, transport, own)
+
+
+def _full(settings: Settings, transport: httpx.AsyncBaseTransport | None, own: Mapping[str, Any]) -> httpx.AsyncClient:
+    with _explained(settings):
+        url = httpx.URL(settings.api_url or "")
+        return httpx.AsyncClient(
             base_url=url,
             verify=_tls(settings, url.scheme),
             limits=LIMITS,
@@ -111,9 +124,12 @@ def connect(
             transport=transport,
             **own,
         )
-        if url.scheme == "http" and transport is None and proxy_to(settings) is None:
-            return PlainClient(url, full, **own)
-        return full()
+
+
+@contextmanager
+def _explained(settings: Settings) -> Iterator[None]:
+    try:
+        yield
     except (httpx.InvalidURL, ValueError, ImportError) as error:  # also a malformed or SOCKS proxy
         text = Mask(settings.secrets(), SHORTEST_CREDENTIAL)(str(error))
         raise ConfigurationError(f"PREFECT_API_URL or a proxy variable cannot be used: {text}") from error

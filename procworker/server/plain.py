@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import select
-import socket
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -18,52 +17,63 @@ import anyio
 import httpx
 from anyio.abc import SocketAttribute, SocketStream
 
-from procworker.loops import Moved
-
 HEAD_LIMIT = 64 * 1024
 """Bytes that the lines before a body may take, and that one line about a chunk may."""
 TRAILERS_LIMIT = 100
 _BROKEN = (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError)
 _HEAD_END, _LINE_END = re.compile(rb"\r?\n\r?\n"), re.compile(rb"\r?\n")
 _FOLD = re.compile(rb"\r?\n[ \t]+")
-_STATUS = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: (.*))?")
-_FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*(.*?)[ \t]*", re.DOTALL)
+_STATUS = re.compile(rb"HTTP/1\.([0-9]) ([1-9][0-9]{2})(?: (.*))?")
+_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _CHUNK = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;.*)?")
 
 
 class PlainTransport(httpx.AsyncBaseTransport):
-    """Connections to one origin, used again while it keeps them open; raises httpx's own exceptions."""
+    """Connections to one origin, used again while it keeps them open; raises httpx's own exceptions.
 
-    def __init__(self, limits: httpx.Limits) -> None:
-        self._most = limits.max_connections or 1
-        self._most_idle = limits.max_keepalive_connections or 0
-        self._expiry = limits.keepalive_expiry or 0.0
+    At most `most` answers are under way at once, who waits is served in turn; `most_idle` connections wait for the next
+    request, each for `expiry` seconds.
+    """
+
+    def __init__(self, most: int, most_idle: int, expiry: float) -> None:
+        self._places = anyio.Semaphore(most)
+        self._most_idle = most_idle
+        self._expiry = expiry
         self._idle: list[_Connection] = []
-        self._used = 0
-        self._moved = Moved()
+        self._is_closed = False
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send a request whose body is known, and read its answer up to the body."""
         message, seconds = _message(request, await request.aread()), request.extensions.get("timeout", {})
-        if self._used >= self._most:
+        try:
+            self._places.acquire_nowait()
+        except anyio.WouldBlock:
             with _bounded(seconds.get("pool"), httpx.PoolTimeout):
-                await self._moved.until(lambda: self._used < self._most)
-        self._used += 1
+                await self._places.acquire()
         connection = None
         try:
             connection = await self._reused() or await _connected(request.url, seconds.get("connect"))
             connection.seconds = seconds.get("read")
+            await self._send(connection, message, seconds.get("write"))
             with _bounded(connection.seconds, httpx.ReadTimeout):
-                await connection.send(message)
                 status, reason, headers = await connection.answer(request.method)
         except BaseException:
             await self._release(connection, reusable=False)
             raise
         body: httpx.AsyncByteStream = _Body(self, connection)
         if connection.is_done:  # as most are, with the first read
-            body = httpx.ByteStream(connection.taken())
+            body = httpx.ByteStream(connection.take())
             await self._release(connection, connection.is_reusable)
         return httpx.Response(status, headers=headers, stream=body, extensions={"reason_phrase": reason})
+
+    async def _send(self, connection: _Connection, message: bytes, seconds: float | None) -> None:
+        try:
+            with _bounded(seconds, httpx.WriteTimeout):
+                await connection.send(message)
+        except httpx.WriteError:
+            # Who refuses a large body may have answered before the end of it, and closed.
+            if not await connection.has_answered():
+                raise
 
     async def _reused(self) -> _Connection | None:
         """Return the connection that was used last, if it is still good; close those that are not."""
@@ -76,17 +86,17 @@ class PlainTransport(httpx.AsyncBaseTransport):
         return None
 
     async def _release(self, connection: _Connection | None, reusable: bool) -> None:
-        self._used -= 1
-        self._moved.notify()
+        self._places.release()
         if connection is None:
             return
-        if reusable and len(self._idle) < self._most_idle:
+        if reusable and len(self._idle) < self._most_idle and not self._is_closed:
             connection.idle_since = time.monotonic()
             self._idle.append(connection)
         else:
             await connection.close()
 
     async def aclose(self) -> None:
+        self._is_closed = True
         while self._idle:
             await self._idle.pop().close()
 
@@ -118,15 +128,22 @@ class _Connection:
         self.idle_since = 0.0
         self._stream = stream
         self._socket = stream.extra(SocketAttribute.raw_socket)
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._received = bytearray()
         self._keeps_open = False
         self._left: int | None = 0  # of the body, or of its chunk; None: it ends with the connection
-        self._last = True  # no chunk follows
-        self._is_within = False  # a chunk was before
+        self._is_last = True  # no chunk follows
+        self._follows_chunk = False
 
     async def close(self) -> None:
         await anyio.aclose_forcefully(self._stream)
+
+    async def has_answered(self) -> bool:
+        """After a broken send: has the server said something all the same?"""
+        try:
+            with _bounded(self.seconds, httpx.ReadTimeout):
+                return await self._receive()
+        except httpx.HTTPError:
+            return False
 
     def is_quiet(self) -> bool:
         """Has the server neither closed it nor sent what nobody asked for?"""
@@ -139,13 +156,13 @@ class _Connection:
     @property
     def is_done(self) -> bool:
         """Is the whole body here?"""
-        return self._last and self._left is not None and self._left <= len(self._received)
+        return self._is_last and self._left is not None and self._left <= len(self._received)
 
     @property
     def is_reusable(self) -> bool:
         return self._keeps_open and not self._left and not self._received
 
-    def taken(self) -> bytes:
+    def take(self) -> bytes:
         """What is here of the body, or of its chunk."""
         size = len(self._received) if self._left is None else min(self._left, len(self._received))
         piece = bytes(self._received[:size])
@@ -173,15 +190,15 @@ class _Connection:
     def _expect(self, headers: httpx.Headers, minor: int, bodiless: bool) -> None:
         """Find out where the body ends (RFC 9112, 6.3), and whether the connection outlives it (9.3)."""
         wishes = [wish.strip().lower() for wish in headers.get("Connection", "").split(",")]
-        self._keeps_open = "close" not in wishes and (minor == 1 or "keep-alive" in wishes)
+        self._keeps_open = "close" not in wishes and (minor >= 1 or "keep-alive" in wishes)
         encoding, lengths = headers.get("Transfer-Encoding"), headers.get_list("Content-Length", split_commas=True)
-        self._last, self._left, self._is_within = True, 0, False
+        self._is_last, self._left, self._follows_chunk = True, 0, False
         if bodiless:
             return
         if encoding is not None:
             if encoding.strip().lower() != "chunked":
                 _refuse(f"transfer encoding {encoding[:50]!r}")
-            self._last = False
+            self._is_last = False
             self._keeps_open = self._keeps_open and not lengths  # RFC 9112, 6.3: somebody may be smuggling
         elif lengths:
             if len(set(lengths)) > 1 or not re.fullmatch("[0-9]{1,18}", lengths[0]):
@@ -202,24 +219,24 @@ class _Connection:
                             _refuse("the server has closed the connection amid the body")
                         self._left = 0
                         break
-                yield self.taken()
-            if self._last:
+                yield self.take()
+            if self._is_last:
                 return
             with _bounded(self.seconds, httpx.ReadTimeout):
                 await self._next_chunk()
 
     async def _next_chunk(self) -> None:
-        if self._is_within and await self._until(_LINE_END):
+        if self._follows_chunk and await self._until(_LINE_END):
             _refuse("a chunk is longer than it says")
-        self._is_within = True
+        self._follows_chunk = True
         line = await self._until(_LINE_END)
         if not (size := _CHUNK.fullmatch(line)):
             _refuse(f"chunk size {line[:50]!r}")
         self._left = int(size[1], 16)
         if self._left == 0:
-            self._last = True
             for _ in range(TRAILERS_LIMIT):
                 if not await self._until(_LINE_END):
+                    self._is_last = True
                     return
             _refuse("too many trailers")
 
@@ -230,6 +247,8 @@ class _Connection:
                 _refuse("too long a head")
             if not await self._receive():
                 _refuse("the server has closed the connection without an answer")
+        if found.start() > HEAD_LIMIT:
+            _refuse("too long a head")
         text = bytes(self._received[: found.start()])
         del self._received[: found.end()]
         return text
@@ -271,9 +290,10 @@ def _parsed(head: bytes) -> tuple[int, int, bytes, httpx.Headers]:
         _refuse(f"the answer begins with {first[:50]!r}")
     fields = []
     for line in lines:
-        if not (field := _FIELD.fullmatch(line)):
+        name, colon, value = line.partition(b":")
+        if not colon or not _NAME.fullmatch(name) or b"\r" in value or b"\0" in value:
             _refuse(f"header {line[:50]!r}")
-        fields.append((field[1], field[2]))
+        fields.append((name, value.strip(b" \t")))
     return int(start[1]), int(start[2]), start[3] or b"", httpx.Headers(fields)
 
 

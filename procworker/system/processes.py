@@ -1,6 +1,7 @@
-"""Processes of this host: name one for good, list them, look at one, signal one.
+"""Processes of this host: name one for good, list them, look at one and at its run's mark, signal one.
 
-Each is named by (pid, start time), so that a reused pid is never taken for it.
+Each is named by (pid, start time), so that a reused pid is never taken for it. Start times are in clock ticks since the
+boot on Linux, elsewhere in seconds since 1970.
 """
 
 from __future__ import annotations
@@ -22,10 +23,9 @@ COOKIE = "PROCWORKER_RUN"
 _DEAD = {b"Z", b"X"}
 _MARK = f"\0{COOKIE}=".encode()
 _PIECE = 16 * 1024
-_HAS_OWN_INODES = hasattr(os, "pidfd_open")
-"""Does /proc give every process an inode of its own, also one with a pid that was used before? Linux does."""
 _elders: dict[int, tuple[int, float]] = {}
-"""By pid, inode and start time of those that the last scan passed over. Most of a host is older than any run."""
+"""By pid, inode and start time of those that the last scan passed over: most of a host is older than any run. Linux
+gives every process an inode of its own in /proc, also one with a pid that was used before."""
 
 
 class Process(NamedTuple):
@@ -148,8 +148,7 @@ def scan(since: float = 0.0) -> Iterable[Entry]:
                 continue
         elders[pid] = inode, start
     _elders.clear()
-    if _HAS_OWN_INODES:
-        _elders.update(elders)
+    _elders.update(elders)
     return entries
 
 
@@ -184,7 +183,7 @@ def age(process: Process) -> float:
 
 
 def just_before_now() -> float:
-    """A start time just below those of all processes that are started from now on; no process has it."""
+    """A start time that no process has, below those of all that start from now on: on Linux just below them."""
     if LINUX:
         return time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK") // 1 - 0.5
     return -1.0

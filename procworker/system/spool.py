@@ -20,7 +20,7 @@ CAP = 64 * 1024 * 1024
 CHUNK = 64 * 1024
 LINE_LIMIT = 64 * 1024
 """Bytes after which a line without an end is cut and goes on as the next one."""
-MARK_SECONDS = 0.005
+MEASURE_SECONDS = 0.005
 """From one measure of how quickly a file grows to the next, at least."""
 
 _PAGE = 4096
@@ -55,8 +55,8 @@ class Spool:
         self._freed = 0  # nothing before it takes space
         self._head = b""  # how the file began when it was read
         self._changed = 0
-        self._marked, self._marked_size = time.monotonic(), 0
-        self._growth = 0  # from one mark to the next
+        self._measured_at, self._measured, self._grown = time.monotonic(), 0, 0
+        self._pace = 0
         self._end = sys.maxsize
         self._rest = b""  # was read, but is no line yet
         self._unsplit = False  # the rest may hold whole lines
@@ -79,7 +79,7 @@ class Spool:
                 data = file.read(size - start)
         except OSError:
             return []
-        self._size = self._offset = start + len(data)
+        self._size = self._measured = self._offset = start + len(data)
         if start:
             first = _LINE_END.search(data)
             data = data[first.end() if first else self._mask.seam(data, self._mask.longest)[1] :]
@@ -129,7 +129,7 @@ class Spool:
     @property
     def _room(self) -> int:
         """The cap without twice what is written from look to look at the pace of late, since the next may come late."""
-        return max(self._cap // 4, self._cap - max(self._cap // 8, 2 * self._growth))
+        return max(self._cap // 4, self._cap - 2 * self._pace)
 
     def _see(self) -> int:
         """Return the size, and begin again where a writer truncated the file."""
@@ -145,15 +145,19 @@ class Spool:
             if self._end < sys.maxsize:  # by one that was allowed to stay
                 self._end = 0
         self._size, self._changed = size, changed
-        self._measure(size)
+        self._measure()
         return size
 
-    def _measure(self, size: int) -> None:
-        """Keep the most that was written between two marks, and forget it slowly: a writer's pace is not even."""
+    def _measure(self) -> None:
+        """Find out what is written from look to look: the most that two in a row had, forgotten within seconds.
+
+        One burst is no pace, nor is all that there is at the first look.
+        """
         now = time.monotonic()
-        if now - self._marked >= MARK_SECONDS:
-            self._growth = max(size - self._marked_size, self._growth - self._growth // 64)
-            self._marked, self._marked_size = now, size
+        if (elapsed := now - self._measured_at) >= MEASURE_SECONDS:
+            grown, before = self._size - self._measured, self._grown
+            self._pace = max(min(grown, before), int(self._pace * max(0.0, 1 - elapsed)))
+            self._measured_at, self._measured, self._grown = now, self._size, grown
 
     def _begins_as_before(self) -> bool:
         with open(self.path, "rb", buffering=0) as file:
@@ -250,7 +254,7 @@ class Spool:
     def _mark(self) -> list[str]:
         dropped, self._dropped = self._dropped, 0
         cap = _size_text(self._cap)
-        what = f"{dropped} bytes of {self.name} were dropped here, the output is larger than {cap}"
+        what = f"{dropped} bytes of {self.name} were dropped here, no more than {cap} are kept"
         return [f"[procworker: {what}]"] if dropped else []
 
     def _split(self, data: bytes) -> list[bytes]:

@@ -21,7 +21,7 @@ from procworker.errors import SpawnError
 from procworker.system.child import WARM, Child, check, opened
 from procworker.system.files import file_limit
 from procworker.system.interpreter import Interpreter
-from procworker.system.processes import COOKIE, Process, find_root, identify, is_alive
+from procworker.system.processes import COOKIE, Process, find_root, identify, is_alive, just_before_now
 from procworker.system.subreaper import adoption
 
 SCRIPT = str(Path(__file__).with_name("_zygote.py"))
@@ -177,7 +177,7 @@ class Zygote:
             raise NotForked(self.over)
         order: JSON = {"mark": f"{COOKIE}={env[COOKIE]}", "cwd": _text(str(cwd))}
         order["env"] = {_text(name): _text(value) for name, value in env.items()}
-        self._answered, self._answer = anyio.Event(), {}
+        self._answered, self._answer, self._before = anyio.Event(), {}, just_before_now()
         with _memory(order) as file:
             try:
                 with opened(stdout, stderr) as handles:
@@ -193,7 +193,7 @@ class Zygote:
         if "forked" in answer:
             with adoption.spawning() as own:
                 own.add(answer["forked"])
-            root = identify(answer["forked"], dead=True) or Process(answer["forked"], -1.0)
+            root = identify(answer["forked"], dead=True) or Process(answer["forked"], self._before)
             return Child(root, partial(self._exit_of, root, exit))
         if "refused" in answer:
             if answer["spoilt"]:
@@ -211,7 +211,7 @@ class Zygote:
         if found := find_root(cookie):
             return Child(found)
         if trace.isdigit():  # it has ended already
-            return Child(Process(int(trace), -1.0))
+            return Child(Process(int(trace), self._before))
         raise SpawnError("The zygote died while it forked: whether the engine was started cannot be known.")
 
     async def _exit_of(self, root: Process, exit: Exit) -> int | None:

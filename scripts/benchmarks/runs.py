@@ -17,7 +17,8 @@ from scripts.benchmarks.processes import born, cpu, first_processes
 PREFECT, COLD, WARM = "Prefect", "cold", "warm"
 """Prefect's worker, and ours with a new interpreter per run, or a fork of a warm one."""
 PUNCTUAL = {"PREFECT_WORKER_PREFETCH_SECONDS": "0"}
-SETTLE_SECONDS, ORDER_SECONDS = 1.5, 0.15
+SETTLE_SECONDS, ORDER_SECONDS, PAUSE_SECONDS = 1.5, 0.15, 10.0
+"""An order takes much less, but now and then the server pauses."""
 OVER = ["COMPLETED", "FAILED", "CRASHED", "CANCELLED"]
 
 
@@ -85,7 +86,7 @@ def order_at_once(lab: Lab, side: Side, number: int) -> float:
     The worker must not take runs before they are due (PUNCTUAL). To pause the pool meanwhile has the server's SQLite
     stand still for a minute now and then.
     """
-    due = time.time() + ORDER_SECONDS * (number + 20)
+    due = time.time() + PAUSE_SECONDS + ORDER_SECONDS * number
     for _ in range(number):
         order(lab, side, due)
     if (left := due - time.time()) < 0:
