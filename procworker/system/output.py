@@ -22,8 +22,8 @@ PATIENCE_SECONDS, LINGER_SECONDS = 2.0, 30.0
 """How long a run that has ended waits for a sink that takes nothing, and in all for one that is slow."""
 SLICE_SECONDS = 0.002
 RETRY_SECONDS = 0.001
-GATHER_SECONDS = 0.01
-"""From one look to the next at least, however quickly something is written."""
+GATHER_SECONDS, LEAST_SECONDS = 0.01, 0.002
+"""From one look to the next, and at least, however quickly something is written."""
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ class Follower:
         pause = self._pause()
         if self._watch.is_on and not ended and (self._watch.is_told or pause == POLL_SECONDS):
             await self._watch.news(self)
-            pause = GATHER_SECONDS
+            pause = min(pause, GATHER_SECONDS)
         with anyio.move_on_after(pause):
             await (anyio.sleep_forever() if ended else self._ended.wait())
 
@@ -182,4 +182,4 @@ class Follower:
         elapsed, self._looked, self._sizes = now - self._looked, now, sizes
         if growth <= 0:
             return POLL_SECONDS
-        return min(POLL_SECONDS, max(POLL_SECONDS / 10, elapsed * self._room / 8 / growth))
+        return min(POLL_SECONDS, max(LEAST_SECONDS, elapsed * self._room / 8 / growth))

@@ -21,7 +21,8 @@ CHUNK = 64 * 1024
 LINE_LIMIT = 64 * 1024
 """Bytes after which a line without an end is cut and goes on as the next one."""
 MEASURE_SECONDS = 0.005
-"""From one measure of how quickly a file grows to the next, at least."""
+LOOK_SECONDS = 0.01
+"""From one measure of how quickly a file grows to the next, and from one look to the next: at least."""
 
 _PAGE = 4096
 _HEAD = 64
@@ -55,8 +56,8 @@ class Spool:
         self._freed = 0  # nothing before it takes space
         self._head = b""  # how the file began when it was read
         self._changed = 0
-        self._measured_at, self._measured, self._grown = time.monotonic(), 0, 0
-        self._pace = 0
+        self._measured_at, self._measured, self._speed = time.monotonic(), 0, 0.0
+        self._pace = self._longest = 0.0  # bytes a second; seconds from one look to the next
         self._end = sys.maxsize
         self._rest = b""  # was read, but is no line yet
         self._unsplit = False  # the rest may hold whole lines
@@ -128,8 +129,8 @@ class Spool:
 
     @property
     def _room(self) -> int:
-        """The cap without twice what is written from look to look at the pace of late, since the next may come late."""
-        return max(self._cap // 4, self._cap - 2 * self._pace)
+        """The cap without twice what may be written until the next look at the pace of late, but a quarter at least."""
+        return max(self._cap // 4, self._cap - int(2 * self._pace * max(self._longest, LOOK_SECONDS)))
 
     def _see(self) -> int:
         """Return the size, and begin again where a writer truncated the file."""
@@ -149,15 +150,18 @@ class Spool:
         return size
 
     def _measure(self) -> None:
-        """Find out what is written from look to look: the most that two in a row had, forgotten within seconds.
+        """Find out how quickly it grows and how late a look may come: the most of late, forgotten within seconds.
 
-        One burst is no pace, nor is all that there is at the first look.
+        One burst is no pace, nor is all that there is at the first look: it takes two looks in a row.
         """
         now = time.monotonic()
         if (elapsed := now - self._measured_at) >= MEASURE_SECONDS:
-            grown, before = self._size - self._measured, self._grown
-            self._pace = max(min(grown, before), int(self._pace * max(0.0, 1 - elapsed)))
-            self._measured_at, self._measured, self._grown = now, self._size, grown
+            still = max(0.0, 1 - elapsed)
+            speed, before = (self._size - self._measured) / elapsed, self._speed
+            self._pace, self._speed = max(min(speed, before), self._pace * still), speed
+            if min(speed, before) > 0:  # who waits for news looks at no certain time
+                self._longest = max(elapsed, self._longest * still)
+            self._measured_at, self._measured = now, self._size
 
     def _begins_as_before(self) -> bool:
         with open(self.path, "rb", buffering=0) as file:
