@@ -1,9 +1,8 @@
 """What a worker itself needs per run: many runs of the command `true`, so that the run costs next to nothing.
 
 The runs are ordered before they are due, and no worker takes them earlier. Time counts from the first process until all
-were started, as the worker logs it, and none is left. Nothing limits either worker but its own settings. The
-server does all it can for either: where it has a CPU core in full, a worker cannot be faster. A round has a dozen runs:
-of more than 15 that Prefect's worker claims at once, the server's SQLite lets each wait for another, a minute long.
+were started, as the worker logs it. Nothing else limits either worker but its own settings. The server does all it can
+for either: where it has a CPU core in full, a worker cannot be faster.
 """
 
 import argparse
@@ -18,7 +17,7 @@ from scripts.benchmarks.processes import cpu, first_processes
 from scripts.benchmarks.runs import COLD, PREFECT, PUNCTUAL, Side, alternate, deploy, order_at_once, sides
 from scripts.benchmarks.throughput import server_cpu
 
-OPTIONS = {"rounds": (10, "rounds of each side"), "runs": (120, "flow runs of each side, in all rounds together")}
+OPTIONS = {"rounds": (2, "rounds of each side"), "runs": (500, "flow runs of each side, in all rounds together")}
 OWN, RATE, SERVER = "worker's own CPU per run, s", "runs a second", "server's CPU, cores"
 STARTED = " started as ", " submitted to infrastructure"
 TIMES_AS_FAST, FULL_CORE = 4.0, 0.95

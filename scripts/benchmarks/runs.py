@@ -75,7 +75,7 @@ def deploy(lab: Lab, pool: str, code: str = "pass", **job_variables: Any) -> str
 
 
 def order(lab: Lab, side: Side, due: float | None = None) -> str:
-    """Order a run that is due now, or at a moment; return its id."""
+    """Order a run that is due now, or at a moment (of time.time()); return its id."""
     details = {} if due is None else {"scheduled_time": datetime.fromtimestamp(due, timezone.utc).isoformat()}
     return str(lab.api("POST", side.order, {"state": {"type": "SCHEDULED", "state_details": details}})["id"])
 
@@ -83,14 +83,13 @@ def order(lab: Lab, side: Side, due: float | None = None) -> str:
 def order_at_once(lab: Lab, side: Side, number: int) -> float:
     """Order that many runs, all due at one moment that is still to come; wait for it, and return it.
 
-    The worker must not take runs before they are due (PUNCTUAL). To pause the pool meanwhile has the server's SQLite
-    stand still for a minute now and then.
+    The worker must not take runs before they are due (PUNCTUAL). Moments are those of time.time().
     """
     due = time.time() + PAUSE_SECONDS + ORDER_SECONDS * number
     for _ in range(number):
         order(lab, side, due)
     if (left := due - time.time()) < 0:
-        raise ProcworkerError(f"the server took {-left:.0f} s too long to take {number} orders")
+        raise ProcworkerError(f"the server took {-left:.1f} s too long to take {number} orders")
     time.sleep(left)
     return due
 
