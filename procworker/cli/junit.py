@@ -10,12 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
-from xml.etree import ElementTree
+from typing import TYPE_CHECKING
 
 from procworker.cli.errors import sentence
 from procworker.cli.terminal import ESCAPES
 from procworker.errors import ConfigurationError, single
 from procworker.run import Run
+
+if TYPE_CHECKING:
+    from xml.etree import ElementTree
 
 ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """What XML 1.0 cannot hold, not even escaped."""
@@ -72,6 +75,8 @@ class Case:
         self.problem = "error", type(single(error)).__name__, text, ""
 
     def element(self) -> ElementTree.Element:
+        from xml.etree import ElementTree  # half a megabyte that most workers do without
+
         named = {"classname": _legal(self.classname), "name": _legal(self.name), "time": f"{self.seconds:.3f}"}
         case = ElementTree.Element("testcase", named)
         if self.problem:
@@ -109,6 +114,8 @@ class Suite:
 
     def xml(self) -> bytes:
         """The report in the form that pytest and most others write it."""
+        from xml.etree import ElementTree
+
         kinds = [case.problem[0] for case in self.cases if case.problem]
         counts = {"tests": len(self.cases), "failures": kinds.count("failure"), "errors": kinds.count("error")}
         facts = {name: str(count) for name, count in counts.items()} | {"skipped": "0"}
