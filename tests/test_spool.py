@@ -113,7 +113,8 @@ def test_one_burst_below_the_cap_is_kept_whole(path: Path, monkeypatch: pytest.M
     assert "".join(line + "\n" for line in read_all(spool)).encode() == written
 
 
-def test_what_waits_for_long_is_kept_up_to_the_cap(path: Path) -> None:
+def test_what_waits_for_long_is_kept_up_to_the_cap(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("procworker.system.spool.time", SimpleNamespace(monotonic=itertools.count(0.0, 0.1).__next__))
     spool, written = Spool("stdout", path, CAP), b""
     while len(written) < CAP * 15 // 16:
         append(path, piece := numbered(len(written), 20))
