@@ -98,6 +98,8 @@ class Intake:
             limiter.release_on_behalf_of(run.id)
             limiter.total_tokens = max(self._limit or 1, limiter.borrowed_tokens)
 
-    def refuse(self, flow_run_id: UUID) -> None:
-        """Do not take this one again at once."""
-        self._refused[flow_run_id] = anyio.current_time() + IDLE_POLL_SECONDS
+    def lose(self, run: Run) -> None:
+        """Somebody is quicker, so what the last answer shows is old; who was refused is not asked for again at once."""
+        self._rows = []
+        if run.claim.refusal is not None:
+            self._refused[run.id] = anyio.current_time() + IDLE_POLL_SECONDS

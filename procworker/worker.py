@@ -355,8 +355,8 @@ class BaseWorker(Infrastructure[C, V, R], Generic[C, V, R]):
                 self._intake.ended += 1
                 if self._on_end:
                     self._on_end(run)
-            elif run.claim.refusal is not None:  # do not ask for it again at once
-                self._intake.refuse(run.id)
+            else:
+                self._intake.lose(run)
             if run.future is not None:
                 run.future.finish(run.final_state)
             self._intake.active_at = anyio.current_time()

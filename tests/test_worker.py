@@ -241,6 +241,22 @@ async def test_one_poll_serves_several_starts(
     assert len(server.seen("POST", "get_scheduled_flow_runs")) in polls
 
 
+async def test_who_was_too_late_for_one_run_asks_again_for_the_others(
+    server: PrefectApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rest of the answer is as old."""
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    server.schedule(server.add_deployment("blocked", concurrency_limit=0), due_in=-60)
+    deployment = server.add_deployment("good")
+    for _ in range(2):
+        server.schedule(deployment)
+    async with make(server, completing(server)) as worker:
+        await worker.get_and_submit_flow_runs()
+        assert worker._intake.knows_more
+        await worker._moved.until(lambda: not worker.runs)
+        assert not worker._intake.knows_more
+
+
 async def test_an_old_answer_starts_nothing(server: PrefectApi, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who was shown by it and then moved is gone from the next one."""
     monkeypatch.setattr("procworker.intake.FRESH_SECONDS", 0.2)
