@@ -22,6 +22,7 @@ from procworker.testing import Beside, serving
 UNREACHABLE = 3
 UNKNOWN_ID = "6d7b2a34-4d1f-4b1c-9f4f-3a3a7b0e8f00"
 QUICK = "--startup-timeout 0.3"
+FAR = {"PREFECT_API_URL": "http://prefect.test/api"}  # no proxy leads to this computer
 HTML = {"status": 200, "body": "<html>Sign in</html>", "headers": {"content-type": "text/html"}}
 Arrange = Callable[["Setting"], object]
 
@@ -139,7 +140,7 @@ TABLE = [
     bad("URL with a wrong path for run", RUN, "most end in /api", wrong_path),
     bad("closed port", f"{ONCE} {QUICK}", "check PREFECT_API_URL", closed_url, code=UNREACHABLE),
     bad("closed port for run", f"{RUN} {QUICK}", "check PREFECT_API_URL", closed_url, code=UNREACHABLE),
-    bad("proxy without scheme", ONCE, "a proxy variable", {"HTTP_PROXY": "nonsense://x", "ALL_PROXY": "::"}),
+    bad("proxy without scheme", ONCE, "a proxy variable", {**FAR, "HTTP_PROXY": "nonsense://x", "ALL_PROXY": "::"}),
     bad("CA file that is missing", START, "PREFECT_API_SSL_CERT_FILE", missing_ca_file),
     # Answers that are none
     bad("truncated JSON", ONCE, "/work_pools/pool", fault("GET", "/work_pools", truncate=20), code=UNREACHABLE),

@@ -339,6 +339,22 @@ async def test_a_chunked_body_whose_very_end_is_missing_ends_its_connection() ->
         assert (transport._places.value, transport._idle) == (2, [])
 
 
+async def test_all_connections_are_closed_also_while_being_cancelled() -> None:
+    server, transport = Counting(WHOLE), PlainTransport(most=3, most_idle=3, expiry=5.0)
+    async with served(server) as url:
+        client = httpx.AsyncClient(transport=transport, timeout=5)
+        async with anyio.create_task_group() as tasks:
+            for _ in range(3):
+                tasks.start_soon(client.get, url)
+        idle = list(transport._idle)
+        assert len(idle) == 3
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            await client.aclose()
+        await anyio.wait_all_tasks_blocked()
+        assert [connection._socket.fileno() for connection in idle] == [-1] * len(idle)
+
+
 async def test_after_the_end_no_connection_is_kept() -> None:
     transport = PlainTransport(**LIMITS)
     async with served(Counting(WHOLE)) as url:

@@ -245,7 +245,8 @@ def test_what_may_stay_is_counted(server: Beside, place: Path, capsys: pytest.Ca
 def test_memory_and_cpu_are_those_of_the_whole_tree(
     server: Beside, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    hog = "import sys, time\nblock = bytearray(b'x' * 60_000_000)\nwhile time.process_time() < 0.5: pass\n"
+    hog = "import sys, time\nblock = bytearray(60_000_000)\nfor page in range(0, len(block), 4096): block[page] = 1\n"
+    hog += "while time.process_time() < 0.5: pass\n"
     hog += "print(flush=True)\nsys.stdin.read()"  # until its parent lets it go
     engine = f"import subprocess, sys, time\nhow = [sys.executable, '-c', {hog!r}]\npipe = subprocess.PIPE\n"
     engine += "hogs = [subprocess.Popen(how, stdin=pipe, stdout=pipe) for _ in 'ab']\n"

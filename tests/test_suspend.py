@@ -15,7 +15,7 @@ import pytest
 from commands import FAST, TEMPLATE, Command
 from workers import ScriptWorker, settings_for, working
 
-from procworker import worker as worker_module
+from procworker import intake as intake_module
 from procworker.testing import Beside, serving
 from procworker.testing.api import PrefectApi
 
@@ -76,7 +76,7 @@ async def test_a_clock_that_is_set_shortens_no_timer_and_lengthens_none(
             return datetime.fromtimestamp(real() + offset, tz or timezone.utc)
 
     monkeypatch.setattr(time, "time", lambda: real() + offset)
-    monkeypatch.setattr(worker_module, "datetime", Clock)
+    monkeypatch.setattr(intake_module, "datetime", Clock)
     began = anyio.Event()
 
     async def script(*_: Any) -> int:

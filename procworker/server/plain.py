@@ -135,7 +135,8 @@ class _Connection:
         self._follows_chunk = False
 
     async def close(self) -> None:
-        await anyio.aclose_forcefully(self._stream)
+        with anyio.CancelScope(shield=True):  # takes no time, and whoever closes several must get to the last
+            await anyio.aclose_forcefully(self._stream)
 
     async def has_answered(self) -> bool:
         """After a broken send: has the server said something all the same?"""
