@@ -103,32 +103,23 @@ def can_unshare() -> bool:
         return False
 
 
+def told_in_a_namespace(program: str) -> list[str]:
+    """The words that a program prints in a pid namespace of its own."""
+    path = os.pathsep.join([str(HERE), str(HERE.parent)])
+    command, env = [*NAMESPACE, sys.executable, "-c", program], {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
 @pytest.mark.skipif(not can_unshare(), reason="no pid namespace can be made here")
 def test_a_pid_that_was_given_again_is_not_taken_for_ours() -> None:
-    path = os.pathsep.join([str(HERE), str(HERE.parent)])
-    done = subprocess.run(
-        [*NAMESPACE, sys.executable, "-c", REUSE],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["0", "None", "True", "False", "-15"]
+    assert told_in_a_namespace(REUSE) == ["0", "None", "True", "False", "-15"]
 
 
 @pytest.mark.skipif(not can_unshare(), reason="no pid namespace can be made here")
 def test_a_member_with_the_pid_of_an_elder_is_not_overlooked() -> None:
-    path = os.pathsep.join([str(HERE), str(HERE.parent)])
-    done = subprocess.run(
-        [*NAMESPACE, sys.executable, "-c", REUSE_OF_AN_ELDER],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["True", "True", "True"]
+    assert told_in_a_namespace(REUSE_OF_AN_ELDER) == ["True", "True", "True"]
 
 
 @pytest.fixture
