@@ -66,7 +66,7 @@ PLUGIN = "procworker.testing.plugin"
 """The one module that may know pytest, for it is pytest that imports it."""
 
 LONGEST = 400
-LONGER = {"worker.py": 422}
+LONGER = {"worker.py": 420}
 """Files that are still too long, with the lines they have now: a number may fall, and no name may be added."""
 
 
