@@ -65,7 +65,7 @@ BROKEN = {
     "two lengths": OK + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\nhi!",
     "a length below zero": OK + b"Content-Length: -1\r\n\r\n",
     "a transfer encoding that nobody knows": OK + b"Transfer-Encoding: rot13\r\n\r\nuv",
-    "trailers without an end": CHUNKED + b"0\r\n" + 200 * b"X-More: 1\r\n",
+    "too many trailers": CHUNKED + b"0\r\n" + 200 * b"X-More: 1\r\n" + b"\r\n",
     "another protocol from here on": b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n" + WHOLE,
     "a bare carriage return in a header": OK + b"X: a\rb\r\nContent-Length: 0\r\n\r\n",
     "a NUL in a header": OK + b"X: a\0b\r\nContent-Length: 0\r\n\r\n",
@@ -73,7 +73,7 @@ BROKEN = {
     "a head without an end": OK + b"X: " + b"x" * 4 * HEAD_LIMIT,
 }
 
-OURS_ALONE = {"another protocol from here on"}
+OURS_ALONE = {"another protocol from here on", "too many trailers"}
 """What httpx takes for an answer."""
 
 Talk = Callable[[anyio.abc.SocketStream], Any]

@@ -19,7 +19,7 @@ import httpx
 from procworker import __version__
 from procworker.errors import ConfigurationError
 from procworker.redaction import SHORTEST_CREDENTIAL, Mask
-from procworker.server.plain import PlainTransport
+from procworker.server.plain import TOKEN, PlainTransport
 from procworker.settings import Settings
 
 BODY_LIMIT = 64 * 1024 * 1024
@@ -32,7 +32,7 @@ LIMITS = httpx.Limits(
 # Servers treat a client that calls itself prefect/x.y as that version, so this one uses its own name.
 OWN_HEADERS = {"user-agent": f"procworker/{__version__}", "x-prefect-api-version": "0.8.4"}
 RESERVED_HEADERS = {"user-agent", "prefect-csrf-token", "prefect-csrf-client"}
-HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+HEADER_NAME = re.compile(TOKEN.decode())
 HEADER_VALUE = re.compile(r"([!-~]([ -~\t]*[!-~])?)?")
 
 logger = logging.getLogger(__name__)

@@ -20,11 +20,12 @@ from anyio.abc import SocketAttribute, SocketStream
 HEAD_LIMIT = 64 * 1024
 """Bytes that the lines before a body may take, and that one line about a chunk may."""
 TRAILERS_LIMIT = 100
+TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _BROKEN = (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError)
 _HEAD_END, _LINE_END = re.compile(rb"\r?\n\r?\n"), re.compile(rb"\r?\n")
 _FOLD = re.compile(rb"\r?\n[ \t]+")
 _STATUS = re.compile(rb"HTTP/1\.([0-9]) ([1-9][0-9]{2})(?: (.*))?")
-_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_NAME = re.compile(TOKEN)
 _CHUNK = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;.*)?")
 
 
@@ -54,7 +55,8 @@ class PlainTransport(httpx.AsyncBaseTransport):
         try:
             connection = await self._reused() or await _connected(request.url, seconds.get("connect"))
             connection.seconds = seconds.get("read")
-            await self._send(connection, message, seconds.get("write"))
+            with _bounded(seconds.get("write"), httpx.WriteTimeout):
+                await connection.send(message)
             with _bounded(connection.seconds, httpx.ReadTimeout):
                 status, reason, headers = await connection.answer(request.method)
         except BaseException:
@@ -65,15 +67,6 @@ class PlainTransport(httpx.AsyncBaseTransport):
             body = httpx.ByteStream(connection.take())
             await self._release(connection, connection.is_reusable)
         return httpx.Response(status, headers=headers, stream=body, extensions={"reason_phrase": reason})
-
-    async def _send(self, connection: _Connection, message: bytes, seconds: float | None) -> None:
-        try:
-            with _bounded(seconds, httpx.WriteTimeout):
-                await connection.send(message)
-        except httpx.WriteError:
-            # Who refuses a large body may have answered before the end of it, and closed.
-            if not await connection.has_answered():
-                raise
 
     async def _reused(self) -> _Connection | None:
         """Return the connection that was used last, if it is still good; close those that are not."""
@@ -137,14 +130,6 @@ class _Connection:
     async def close(self) -> None:
         with anyio.CancelScope(shield=True):  # takes no time, and whoever closes several must get to the last
             await anyio.aclose_forcefully(self._stream)
-
-    async def has_answered(self) -> bool:
-        """After a broken send: has the server said something all the same?"""
-        try:
-            with _bounded(self.seconds, httpx.ReadTimeout):
-                return await self._receive()
-        except httpx.HTTPError:
-            return False
 
     def is_quiet(self) -> bool:
         """Has the server neither closed it nor sent what nobody asked for?"""
