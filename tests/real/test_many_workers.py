@@ -22,6 +22,8 @@ def test_fifty_workers_at_once_make_one_pool_and_all_run(
 ) -> None:
     api, pool = prefect38.api, f"new {uuid4().hex[:8]}"
     names = {f"worker {number}" for number in range(WORKERS)}
+    heard: set[str] = set()
+    as_by_default = {"PREFECT_WORKER_QUERY_SECONDS": "10"}
     begun = time.monotonic()
 
     def started() -> bool:
@@ -32,11 +34,14 @@ def test_fifty_workers_at_once_make_one_pool_and_all_run(
         assert started(), "a worker that has started works on"
         time.sleep(2)  # the server has enough to do
         rows = api("POST", f"/work_pools/{pool}/workers/filter", {"limit": 200})
-        return {row["name"] for row in rows if row["status"] == "ONLINE"} == names
+        heard.update(row["name"] for row in rows if row["status"] == "ONLINE")
+        return heard == names
 
     with ExitStack() as stack:
-        start = [stack.enter_context(working(place, api, "-p", pool, "-n", name, "-t", "process")) for name in names]
-        workers: list[Worker] = start
+        workers: list[Worker] = []
+        for name in names:
+            options = ("-p", pool, "-n", name, "-t", "process")
+            workers.append(stack.enter_context(working(place, api, *options, **as_by_default)))
         spawned = time.monotonic() - begun
         eventually(started, 120, "all workers have started")
         running = time.monotonic() - begun
