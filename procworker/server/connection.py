@@ -1,4 +1,4 @@
-"""One exchange with the API over the connection that the settings describe: credentials, TLS, proxies."""
+"""Ask an API once, the way that the settings describe: credentials, TLS, proxies."""
 
 from __future__ import annotations
 
@@ -6,23 +6,27 @@ import logging
 import re
 import ssl
 from base64 import b64encode
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import aclosing, contextmanager
-from functools import partial
 from importlib.util import find_spec
 from ipaddress import ip_address, ip_network
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 from urllib.request import getproxies
 
+import anyio
 import httpx
 
 from procworker import __version__
 from procworker.errors import ConfigurationError
 from procworker.redaction import SHORTEST_CREDENTIAL, Mask
-from procworker.server.plain import TOKEN, PlainTransport
+from procworker.server.answer import Answer
+from procworker.server.plain import TOKEN, PlainHttp
 from procworker.settings import Settings
 
-BODY_LIMIT = 64 * 1024 * 1024
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+BODY_LIMIT, DECODED_AT_ONCE = 64 * 1024 * 1024, 16 * 1024
 REDIRECTS = 5
 # httpx looks at each idle connection for every request: four are enough for the pace of flow runs.
 CONNECTIONS, IDLE_CONNECTIONS, IDLE_SECONDS = 16, 4, 25.0
@@ -38,92 +42,99 @@ HEADER_VALUE = re.compile(r"([!-~]([ -~\t]*[!-~])?)?")
 logger = logging.getLogger(__name__)
 
 
-class Answer(NamedTuple):
-    """A response, read to its end."""
+class Connection:
+    """How one API is asked. Plain HTTP has a short way; TLS, proxies and redirects are httpx's.
 
-    status: int
-    reason: str
-    headers: httpx.Headers
-    body: bytes
-
-    def is_of_the_api(self) -> bool:
-        """Prefect explains its refusals in JSON; anything else speaks for a proxy, which knows nothing of runs."""
-        return self.body.lstrip().startswith(b"{")
-
-    def refuses_csrf_token(self) -> bool:
-        return self.status == 403 and b"CSRF token" in self.body
-
-
-class _Given(httpx.AsyncBaseTransport):
-    """Answers with what there is already."""
-
-    def __init__(self, response: httpx.Response) -> None:
-        self._response = response
-
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        return self._response
-
-
-class PlainClient(httpx.AsyncClient):
-    """A client for one origin in plain HTTP that streams answers without httpx's hooks and cookies: nobody needs them.
-
-    Where a redirect leads elsewhere, another client goes on; until then not even its modules are loaded.
+    Raises ConfigurationError for what cannot be followed of the settings.
     """
 
-    def __init__(self, url: httpx.URL, beyond: Callable[[], httpx.AsyncClient], **options: Any) -> None:
-        self._plain = PlainTransport(CONNECTIONS, IDLE_CONNECTIONS, IDLE_SECONDS)
-        super().__init__(base_url=url, transport=self._plain, **options)
-        self._origin = url.scheme, url.netloc
-        self._make_beyond = beyond
-        self._beyond: httpx.AsyncClient | None = None
+    def __init__(
+        self, settings: Settings, transport: httpx.AsyncBaseTransport | None = None, headers: Mapping[str, str] = {}
+    ) -> None:
+        if not settings.api_url:
+            raise ConfigurationError("there is no API to talk to: set PREFECT_API_URL")
+        self.headers = _headers(settings, headers)
+        self._settings = settings
+        self._transport = transport
+        self._seconds = settings.api_request_timeout
+        self._long_way: httpx.AsyncClient | None = None
+        self._short_way: PlainHttp | None = None
+        with _explained(settings):
+            url = httpx.URL(settings.api_url)
+            self.base = str(url).rstrip("/")
+            self._path = url.raw_path.decode().rstrip("/")
+            # Credentials in a URL are something that httpx has rules for.
+            if url.scheme == "http" and url.host and not (transport or url.userinfo or proxy_to(settings)):
+                own = {"Accept": "*/*", "Accept-Encoding": "identity", **self.headers}
+                self._short_way = PlainHttp(url, own, CONNECTIONS, IDLE_CONNECTIONS, IDLE_SECONDS)
+        if self._short_way is None:
+            self._long_way = self._open()
 
-    async def send(self, request: httpx.Request, *, stream: bool = False, **options: Any) -> httpx.Response:
-        if (request.url.scheme, request.url.netloc) != self._origin:
-            if self._beyond is None:
-                self._beyond = self._make_beyond()
-            return await self._beyond.send(request, stream=stream, **options)
-        if not stream or options or self.is_closed:
-            return await super().send(request, stream=stream, **options)
-        response = await self._plain.handle_async_request(request)
-        if response.has_redirect_location:  # httpx knows what may be asked for next, and with which headers
-            async with httpx.AsyncClient(transport=_Given(response)) as client:
-                return await client.send(request, stream=True)
-        response.request = request
-        return response
+    async def __aenter__(self) -> Self:
+        return self
 
-    async def aclose(self) -> None:
-        await super().aclose()
-        if self._beyond is not None:
-            await self._beyond.aclose()
+    async def __aexit__(self, *error: object) -> None:
+        for way in (self._short_way, self._long_way):
+            if way is not None:
+                await way.aclose()
 
+    async def ask(
+        self, method: str, target: str, content: bytes | None = None, headers: Mapping[str, str] = {}
+    ) -> Answer:
+        """Ask once for what is below the API's URL; raises httpx's errors, TimeoutError, and OverflowError (body)."""
+        redirect = None
+        if self._short_way is not None:
+            path = self._path + target
+            answer = await self._short_way.ask(method, path, headers, content, self._seconds, BODY_LIMIT)
+            if "content-encoding" in answer.headers:  # nobody asked for it
+                return await _decoded(answer)
+            if not answer.leads_elsewhere:
+                return answer
+            redirect = answer
+        # httpx bounds each read; this also ends an answer that comes byte by byte.
+        with anyio.fail_after(2 * self._seconds):
+            return await self._ask_at_length(method, target, content, headers, redirect)
 
-def connect(
-    settings: Settings, transport: httpx.AsyncBaseTransport | None, headers: Mapping[str, str]
-) -> httpx.AsyncClient:
-    """Make the client; a ConfigurationError says which setting cannot be followed."""
-    if not settings.api_url:
-        raise ConfigurationError("there is no API to talk to: set PREFECT_API_URL")
-    own: dict[str, Any] = {"headers": _headers(settings, headers), "timeout": settings.api_request_timeout}
-    with _explained(settings):
-        url = httpx.URL(settings.api_url)
-        # Credentials in a URL are something that httpx has rules for.
-        if url.scheme == "http" and not (transport or url.userinfo or proxy_to(settings)):
-            return PlainClient(url, partial(_full, settings, None, own), **own)
-    return _full(settings, transport, own)
+    async def _ask_at_length(
+        self, method: str, target: str, content: bytes | None, headers: Mapping[str, str], answer: Answer | None
+    ) -> Answer:
+        """Ask, following redirects that keep the method; the first answer may be there already.
 
+        httpx keeps Authorization from other origins; other hosts must not see custom headers either.
+        """
+        if self._long_way is None:
+            self._long_way = self._open()
+        client = self._long_way
+        # As the client's own `build_request`, which parses each URL twice.
+        everything = {**client.headers, **headers}
+        timeouts = {"timeout": client.timeout.as_dict()}
+        request = httpx.Request(method, self.base + target, headers=everything, content=content, extensions=timeouts)
+        for _ in range(REDIRECTS):
+            sending = client.send(request, stream=True) if answer is None else _as_of_httpx(answer, request)
+            answer = None
+            async with aclosing(await sending) as response:
+                following = response.next_request
+                if following is None or following.method != request.method:
+                    return await _read(response)
+            if following.url.host != request.url.host:
+                for name in self._settings.client_custom_headers:
+                    following.headers.pop(name, None)
+            request = following
+        raise httpx.TooManyRedirects("too many redirects")
 
-def _full(settings: Settings, transport: httpx.AsyncBaseTransport | None, own: Mapping[str, Any]) -> httpx.AsyncClient:
-    with _explained(settings):
-        url = httpx.URL(settings.api_url or "")
-        return httpx.AsyncClient(
-            base_url=url,
-            verify=_tls(settings, url.scheme),
-            limits=LIMITS,
-            http2=settings.api_enable_http2 and find_spec("h2") is not None,
-            mounts={f"all://{url.netloc.decode()}": None} if _is_direct(url.host) else None,
-            transport=transport,
-            **own,
-        )
+    def _open(self) -> httpx.AsyncClient:
+        settings = self._settings
+        with _explained(settings):
+            url = httpx.URL(settings.api_url or "")
+            return httpx.AsyncClient(
+                headers=self.headers,
+                timeout=self._seconds,
+                verify=_tls(settings, url.scheme),
+                limits=LIMITS,
+                http2=settings.api_enable_http2 and find_spec("h2") is not None,
+                mounts={f"all://{url.netloc.decode()}": None} if _is_direct(url.host) else None,
+                transport=self._transport,
+            )
 
 
 @contextmanager
@@ -135,25 +146,7 @@ def _explained(settings: Settings) -> Iterator[None]:
         raise ConfigurationError(f"PREFECT_API_URL or a proxy variable cannot be used: {text}") from error
 
 
-async def exchange(client: httpx.AsyncClient, request: httpx.Request, strip: Iterable[str]) -> Answer:
-    """Send a request and read the answer to its end, following redirects that keep the method.
-
-    httpx keeps Authorization from other origins; `strip` names what other hosts must not see either.
-    """
-    for _ in range(REDIRECTS):
-        async with aclosing(await client.send(request, stream=True)) as response:
-            following = response.next_request
-            if following is None or following.method != request.method:
-                body = await _body(response)
-                return Answer(response.status_code, response.reason_phrase, response.headers, body)
-        if following.url.host != request.url.host:
-            for name in strip:
-                following.headers.pop(name, None)
-        request = following
-    raise httpx.TooManyRedirects("too many redirects")
-
-
-async def _body(response: httpx.Response) -> bytes:
+async def _read(response: httpx.Response) -> Answer:
     """Read to the end, or until it is too much."""
     declared, body = response.headers.get("Content-Length", ""), bytearray()
     if not (declared.isdecimal() and int(declared) > BODY_LIMIT):
@@ -162,8 +155,26 @@ async def _body(response: httpx.Response) -> bytes:
             if len(body) > BODY_LIMIT:
                 break
         else:
-            return bytes(body)
+            return Answer(response.status_code, response.reason_phrase, dict(response.headers), bytes(body))
     raise OverflowError("the body is larger than 64 MiB")
+
+
+async def _as_of_httpx(answer: Answer, request: httpx.Request) -> httpx.Response:
+    """Let httpx find out what may be asked for next, and with which headers."""
+    reason = {"reason_phrase": answer.reason.encode()}
+    given = httpx.Response(answer.status, headers=answer.headers, content=answer.body, extensions=reason)
+    async with httpx.AsyncClient(transport=httpx.MockTransport(lambda _: given)) as client:
+        return await client.send(request, stream=True)
+
+
+async def _decoded(answer: Answer) -> Answer:
+    async def pieces() -> AsyncIterator[bytes]:
+        for start in range(0, len(answer.body), DECODED_AT_ONCE):
+            yield answer.body[start : start + DECODED_AT_ONCE]
+
+    headers = {"Content-Encoding": answer.headers["content-encoding"]}
+    decoded = await _read(httpx.Response(answer.status, headers=headers, content=pieces()))
+    return answer._replace(body=decoded.body)
 
 
 def _headers(settings: Settings, given: Mapping[str, str]) -> dict[str, str]:

@@ -1,7 +1,8 @@
-"""HTTP/1.1 over plain TCP, as a transport for httpx: it takes a worker a fraction of the time of httpx's own.
+"""HTTP/1.1 over plain TCP: asking this way takes a worker a small part of the time that httpx needs.
 
 What it knows of the protocol is what RFC 9112 asks of a client that sends whole bodies: persistent connections, the
-three ways to end a body, interim responses. It follows no redirects and decodes nothing; that is httpx's part.
+three ways to end a body, interim responses. It follows no redirects and asks for no encoding; who wants those asks
+httpx.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 import re
 import select
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import NoReturn
 
 import anyio
 import httpx
 from anyio.abc import SocketAttribute, SocketStream
+
+from procworker.server.answer import Answer
 
 HEAD_LIMIT = 64 * 1024
 """Bytes that the lines before a body may take, and that one line about a chunk may."""
@@ -29,44 +31,61 @@ _NAME = re.compile(TOKEN)
 _CHUNK = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;.*)?")
 
 
-class PlainTransport(httpx.AsyncBaseTransport):
-    """Connections to one origin, used again while it keeps them open; raises httpx's own exceptions.
+class PlainHttp:
+    """Connections to one origin, used again while it keeps them open; failures are httpx's own, or TimeoutError.
 
     At most `most` answers are under way at once, who waits is served in turn; `most_idle` connections wait for the next
-    request, each for `expiry` seconds.
+    request, each for `expiry` seconds. What every request carries is given once.
     """
 
-    def __init__(self, most: int, most_idle: int, expiry: float) -> None:
+    def __init__(self, url: httpx.URL, headers: Mapping[str, str], most: int, most_idle: int, expiry: float) -> None:
+        self._host, self._port = url.raw_host.decode(), url.port or 80
+        self._headers = [b"Host: %b" % url.netloc, *_fields(headers)]
         self._places = anyio.Semaphore(most)
         self._most_idle = most_idle
         self._expiry = expiry
         self._idle: list[_Connection] = []
         self._is_closed = False
 
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Send a request whose body is known, and read its answer up to the body."""
-        message, seconds = _message(request, await request.aread()), request.extensions.get("timeout", {})
-        try:
-            self._places.acquire_nowait()
-        except anyio.WouldBlock:
-            with _bounded(seconds.get("pool"), httpx.PoolTimeout):
+    async def ask(
+        self, method: str, target: str, headers: Mapping[str, str], content: bytes | None, seconds: float, most: int
+    ) -> Answer:
+        """Return the answer; each step may take so many seconds, and all of them twice as long.
+
+        Raises OverflowError for a body of more than `most` bytes.
+        """
+        message = _message(method, target, [*self._headers, *_fields(headers)], content)
+        with anyio.CancelScope() as scope:
+            latest = anyio.current_time() + 2 * seconds
+
+            def step() -> None:
+                scope.deadline = min(anyio.current_time() + seconds, latest)
+
+            step()
+            try:
+                self._places.acquire_nowait()
+            except anyio.WouldBlock:
                 await self._places.acquire()
-        connection = None
+                step()
+            connection, is_reusable = None, False
+            try:
+                if (connection := await self._reused()) is None:
+                    connection = await self._connected()
+                    step()
+                answer = await connection.ask(message, most, step)
+                is_reusable = connection.is_reusable
+                return answer
+            finally:
+                self._places.release()
+                if connection is not None:
+                    await self._keep_or_close(connection, is_reusable)
+        raise TimeoutError(f"nothing within {seconds:g} s")
+
+    async def _connected(self) -> _Connection:
         try:
-            connection = await self._reused() or await _connected(request.url, seconds.get("connect"))
-            connection.seconds = seconds.get("read")
-            with _bounded(seconds.get("write"), httpx.WriteTimeout):
-                await connection.send(message)
-            with _bounded(connection.seconds, httpx.ReadTimeout):
-                status, reason, headers = await connection.answer(request.method)
-        except BaseException:
-            await self._release(connection, reusable=False)
-            raise
-        body: httpx.AsyncByteStream = _Body(self, connection)
-        if connection.is_done:  # as most are, with the first read
-            body = httpx.ByteStream(connection.take())
-            await self._release(connection, connection.is_reusable)
-        return httpx.Response(status, headers=headers, stream=body, extensions={"reason_phrase": reason})
+            return _Connection(await anyio.connect_tcp(self._host, self._port))
+        except OSError as error:
+            raise httpx.ConnectError(str(error)) from error
 
     async def _reused(self) -> _Connection | None:
         """Return the connection that was used last, if it is still good; close those that are not."""
@@ -78,11 +97,8 @@ class PlainTransport(httpx.AsyncBaseTransport):
             await connection.close()
         return None
 
-    async def _release(self, connection: _Connection | None, reusable: bool) -> None:
-        self._places.release()
-        if connection is None:
-            return
-        if reusable and len(self._idle) < self._most_idle and not self._is_closed:
+    async def _keep_or_close(self, connection: _Connection, is_reusable: bool) -> None:
+        if is_reusable and len(self._idle) < self._most_idle and not self._is_closed:
             connection.idle_since = time.monotonic()
             self._idle.append(connection)
         else:
@@ -94,30 +110,10 @@ class PlainTransport(httpx.AsyncBaseTransport):
             await self._idle.pop().close()
 
 
-class _Body(httpx.AsyncByteStream):
-    """A body that is still to come."""
-
-    def __init__(self, transport: PlainTransport, connection: _Connection) -> None:
-        self._transport = transport
-        self._connection: _Connection | None = connection
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        if self._connection is not None:
-            async for piece in self._connection.pieces():
-                yield piece
-        await self.aclose()
-
-    async def aclose(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            await self._transport._release(connection, connection.is_done and connection.is_reusable)
-
-
 class _Connection:
     """One TCP connection, and what was received over it but not read yet."""
 
     def __init__(self, stream: SocketStream) -> None:
-        self.seconds: float | None = None
         self.idle_since = 0.0
         self._stream = stream
         self._socket = stream.extra(SocketAttribute.raw_socket)
@@ -157,27 +153,38 @@ class _Connection:
             self._left -= size
         return piece
 
-    async def send(self, message: bytes) -> None:
+    async def ask(self, message: bytes, most: int, step: Callable[[], None]) -> Answer:
+        """Send a request and read its answer; `step` is told whenever something has come."""
         try:
             await self._stream.send(message)
         except _BROKEN as error:
             raise httpx.WriteError(str(error)) from error
+        status, reason, headers = await self._head()
+        if self.is_done:  # as most are, with the first read
+            return Answer(status, reason, headers, self.take())
+        step()
+        body = bytearray()
+        async for piece in self._pieces(step):
+            body += piece
+            if len(body) + (self._left or 0) > most:
+                raise OverflowError(f"the body is larger than {most / 2**20:g} MiB")
+        return Answer(status, reason, headers, bytes(body))
 
-    async def answer(self, method: str) -> tuple[int, bytes, httpx.Headers]:
+    async def _head(self) -> tuple[int, str, dict[str, str]]:
         """Read up to the body; return status, reason and headers. Interim answers are passed over."""
         while True:
             minor, status, reason, headers = _parsed(await self._until(_HEAD_END))
             if status >= 200:
-                self._expect(headers, minor, bodiless=method == "HEAD" or status in (204, 304))
+                self._expect(headers, minor, bodiless=status in (204, 304))
                 return status, reason, headers
             if status == 101:
                 _refuse("the server changes the protocol")
 
-    def _expect(self, headers: httpx.Headers, minor: int, bodiless: bool) -> None:
+    def _expect(self, headers: Mapping[str, str], minor: int, bodiless: bool) -> None:
         """Find out where the body ends (RFC 9112, 6.3), and whether the connection outlives it (9.3)."""
-        wishes = [wish.strip().lower() for wish in headers.get("Connection", "").split(",")]
+        wishes = [wish.strip().lower() for wish in headers.get("connection", "").split(",")]
         self._keeps_open = "close" not in wishes and (minor >= 1 or "keep-alive" in wishes)
-        encoding, lengths = headers.get("Transfer-Encoding"), headers.get_list("Content-Length", split_commas=True)
+        encoding, length = headers.get("transfer-encoding"), headers.get("content-length")
         self._is_last, self._left, self._follows_chunk = True, 0, False
         if bodiless:
             return
@@ -185,31 +192,32 @@ class _Connection:
             if encoding.strip().lower() != "chunked":
                 _refuse(f"transfer encoding {encoding[:50]!r}")
             self._is_last = False
-            self._keeps_open = self._keeps_open and not lengths  # RFC 9112, 6.3: somebody may be smuggling
-        elif lengths:
-            if len(set(lengths)) > 1 or not re.fullmatch("[0-9]{1,18}", lengths[0]):
-                _refuse(f"content length {', '.join(lengths)[:50]!r}")
-            self._left = int(lengths[0])
+            self._keeps_open = self._keeps_open and length is None  # RFC 9112, 6.3: somebody may be smuggling
+        elif length is not None:
+            sizes = {size.strip() for size in length.split(",")}
+            if len(sizes) > 1 or not re.fullmatch("[0-9]{1,18}", size := sizes.pop()):
+                _refuse(f"content length {length[:50]!r}")
+            self._left = int(size)
         else:
             self._left, self._keeps_open = None, False
 
-    async def pieces(self) -> AsyncIterator[bytes]:
-        """Yield the rest of the body as it comes."""
+    async def _pieces(self, step: Callable[[], None]) -> AsyncIterator[bytes]:
+        """Yield the rest of the body as it comes; before each part nothing, for `_left` already tells how much."""
         while True:
+            yield b""
             while self._left != 0:
                 if not self._received:
-                    with _bounded(self.seconds, httpx.ReadTimeout):
-                        more = await self._receive()
-                    if not more:
+                    if not await self._receive():
                         if self._left is not None:
                             _refuse("the server has closed the connection amid the body")
                         self._left = 0
                         break
+                    step()
                 yield self.take()
             if self._is_last:
                 return
-            with _bounded(self.seconds, httpx.ReadTimeout):
-                await self._next_chunk()
+            await self._next_chunk()
+            step()
 
     async def _next_chunk(self) -> None:
         if self._follows_chunk and await self._until(_LINE_END):
@@ -250,47 +258,35 @@ class _Connection:
         return True
 
 
-async def _connected(url: httpx.URL, seconds: float | None) -> _Connection:
-    try:
-        with _bounded(seconds, httpx.ConnectTimeout):
-            stream = await anyio.connect_tcp(url.raw_host.decode(), url.port or 80)
-    except OSError as error:
-        raise httpx.ConnectError(str(error)) from error
-    return _Connection(stream)
+def _fields(headers: Mapping[str, str]) -> list[bytes]:
+    return [f"{name}: {value}".encode("latin-1") for name, value in headers.items()]
 
 
-def _message(request: httpx.Request, body: bytes) -> bytes:
+def _message(method: str, target: str, fields: list[bytes], content: bytes | None) -> bytes:
     """Lay a request out; raises LocalProtocolError for a header that would be two."""
-    lines = [b"%b %b HTTP/1.1" % (request.method.encode(), request.url.raw_path)]
-    lines += [b"%b: %b" % field for field in request.headers.raw]
+    lines = [f"{method} {target} HTTP/1.1".encode("ascii"), *fields]
+    if content is not None:
+        lines.append(b"Content-Length: %d" % len(content))
     head = b"\r\n".join(lines)
     if head.count(b"\n") + head.count(b"\r") + head.count(b"\0") != 2 * len(lines) - 2:
         raise httpx.LocalProtocolError("a header has an illegal character")
-    return b"%b\r\n\r\n%b" % (head, body)
+    return b"%b\r\n\r\n%b" % (head, content or b"")
 
 
-def _parsed(head: bytes) -> tuple[int, int, bytes, httpx.Headers]:
+def _parsed(head: bytes) -> tuple[int, int, str, dict[str, str]]:
     """Take a head apart: the minor version of its protocol, status, reason, headers."""
     first, *lines = _LINE_END.split(_FOLD.sub(b" ", head))
     if not (start := _STATUS.fullmatch(first)):
         _refuse(f"the answer begins with {first[:50]!r}")
-    fields = []
+    headers: dict[str, str] = {}
     for line in lines:
-        name, colon, value = line.partition(b":")
-        if not colon or not _NAME.fullmatch(name) or b"\r" in value or b"\0" in value:
+        raw, colon, value = line.partition(b":")
+        if not colon or not _NAME.fullmatch(raw) or b"\r" in value or b"\0" in value:
             _refuse(f"header {line[:50]!r}")
-        fields.append((name, value.strip(b" \t")))
-    return int(start[1]), int(start[2]), start[3] or b"", httpx.Headers(fields)
+        name, text = raw.lower().decode("ascii"), value.strip(b" \t").decode("latin-1")
+        headers[name] = f"{headers[name]}, {text}" if name in headers else text
+    return int(start[1]), int(start[2]), (start[3] or b"").decode("ascii", "ignore"), headers
 
 
 def _refuse(what: str) -> NoReturn:
     raise httpx.RemoteProtocolError(f"this is no proper HTTP: {what}")
-
-
-@contextmanager
-def _bounded(seconds: float | None, error: type[httpx.TimeoutException]) -> Iterator[None]:
-    try:
-        with anyio.fail_after(seconds):
-            yield
-    except TimeoutError as caught:
-        raise error(str(caught)) from caught

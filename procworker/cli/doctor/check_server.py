@@ -22,8 +22,9 @@ from procworker.cli.preview.job_view import USER_INFO
 from procworker.errors import ApiError, ConfigurationError, Unauthorized, single
 from procworker.local.server import knows_passwords, version_of
 from procworker.redaction import SHORTEST_CREDENTIAL, Mask
+from procworker.server.answer import Answer
 from procworker.server.client import Client
-from procworker.server.connection import Answer, connect, exchange, proxy_to
+from procworker.server.connection import Connection, proxy_to
 from procworker.settings import Settings
 
 ANSWER_SECONDS, LONGEST_SECONDS = 4.0, 4.8
@@ -91,12 +92,8 @@ async def _kept(server: Server, what: str, question: Callable[[], Awaitable[Any]
 
 
 async def _health(server: Server, settings: Settings) -> Answer:
-    async with connect(settings, None, {}) as client:
-
-        async def get(path: str) -> Answer:
-            request = client.build_request("GET", path)
-            return await exchange(client, request, settings.client_custom_headers)
-
+    async with Connection(settings) as connection:
+        get = partial(connection.ask, "GET")
         asked_at, began = time.time(), time.monotonic()
         answer = await get("/health")
         server.health_seconds = time.monotonic() - began
@@ -106,7 +103,7 @@ async def _health(server: Server, settings: Settings) -> Answer:
                 server.longer_url = f"{settings.api_url}/api"
         elif abs(server.ahead_seconds or 0) > CLOCK_SECONDS:
             # A busy server (uvicorn) may show the time of some seconds ago.
-            with suppress(httpx.HTTPError):
+            with suppress(httpx.HTTPError, TimeoutError):
                 await anyio.sleep(AGAIN_SECONDS)
                 if (again := _ahead(await get("/health"), time.time())) is not None:
                     server.ahead_seconds = min(server.ahead_seconds or again, again, key=abs)
@@ -116,7 +113,7 @@ async def _health(server: Server, settings: Settings) -> Answer:
 def _ahead(answer: Answer, now: float) -> float | None:
     """Compare a time of ours with the server's Date header, which is cut to whole seconds."""
     try:
-        return now - parsedate_to_datetime(answer.headers["Date"]).timestamp() - 0.5
+        return now - parsedate_to_datetime(answer.headers["date"]).timestamp() - 0.5
     except (KeyError, ValueError, TypeError):
         return None
 
