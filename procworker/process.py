@@ -296,6 +296,9 @@ def _remove_work_dir(page: Page) -> None:
     path = Path(_infrastructure(page).get("work_dir") or Path(tempfile.gettempdir(), f"{WORK_DIR}{page.name}"))
     if path.name != f"{WORK_DIR}{page.name}":
         return
+    with suppress(OSError):  # mostly it is empty
+        path.rmdir()
+        return
     for place, names, _ in os.walk(path):
         for name in names:
             if not os.path.islink(inner := os.path.join(place, name)):

@@ -82,7 +82,8 @@ def names_of(secrets: frozenset[str], environ: Mapping[str, str]) -> list[str] |
 
     None where they do not tell it: a secret stands somewhere else, or inside of a longer text.
     """
-    more = secrets - secrets_in(environ)
+    if not (more := secrets and secrets - secrets_in(environ)):
+        return []
     return sorted(name for name, value in environ.items() if value in more) if more <= set(environ.values()) else None
 
 

@@ -15,6 +15,7 @@ import pytest
 from commands import FAST, TEMPLATE, Command
 
 from procworker.system.census import Census, take_census
+from procworker.system.records import read_record
 from procworker.testing import Beside, serving
 
 SECRET = "canary-3f9ac1"
@@ -66,8 +67,8 @@ class Host:
 
     def altered(self, id: UUID, **changes: Any) -> None:
         """Change what stands in a record, as no worker would."""
-        file = self.record_of(id) / "run.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+        page = self.record_of(id)
+        (page / "run.json").write_text(json.dumps({**read_record(page), **changes}))
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import gc
-import json
 import locale
 import logging
 import os
@@ -29,6 +28,7 @@ from misbehave import survivors
 
 from procworker.process import ProcessWorker
 from procworker.settings import Settings
+from procworker.system.records import read_record
 from procworker.testing import Beside, serving
 
 pytestmark = pytest.mark.slow
@@ -284,7 +284,7 @@ def test_only_a_report_that_nobody_takes_stays_on_disk(server: Beside, monkeypat
     assert survivors(f"PROCWORKER_HOME={home}") == {}
     assert server.run(run).state.type == "RUNNING"
     (page,) = (home / "runs").iterdir()
-    record = json.loads((page / "run.json").read_text())
+    record = read_record(page)
     assert (record["flow_run_id"], record["phase"]) == (str(run), "ended")
 
 

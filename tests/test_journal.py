@@ -17,7 +17,8 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from procworker.system.journal import NEW, STALE_SECONDS, Journal, Page, here, try_lock
+from procworker.system.journal import LINES, NEW, STALE_SECONDS, Journal, Page, here, try_lock
+from procworker.system.records import read_record
 
 API, POOL = "http://127.0.0.1:4200/api", "pool"
 
@@ -35,8 +36,7 @@ def abandoned(home: Path, **facts: Any) -> Page:
 
 
 def altered(page: Page, **changes: Any) -> None:
-    file = page.path / "run.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    (page.path / "run.json").write_text(json.dumps({**read_record(page.path), **changes}))
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_a_page_is_private_and_whole(journal: Journal) -> None:
 
     assert stat.S_IMODE(page.path.stat().st_mode) == 0o700
     assert stat.S_IMODE((page.path / "run.json").stat().st_mode) == 0o600
-    data = json.loads((page.path / "run.json").read_text())
+    data = read_record(page.path)
     assert data["flow_run_id"] == page.name.partition(".")[0]
     assert (data["api"], data["pool"], data["owner"], data["place"]) == (API, POOL, journal.owner, here())
 
@@ -77,7 +77,7 @@ def test_what_is_written_is_added_to_what_was_known(journal: Journal) -> None:
     page = open_page(journal)
     page.write(phase="ended", code=3)
 
-    data = json.loads((page.path / "run.json").read_text())
+    data = read_record(page.path)
     assert (data["phase"], data["code"], data["api"]) == ("ended", 3, API)
     assert [file.name for file in page.path.iterdir()] == ["run.json"]
 
@@ -87,7 +87,7 @@ def test_a_reader_never_sees_half_a_record(journal: Journal) -> None:
 
     def read() -> None:
         while not ended.is_set():
-            json.loads((page.path / "run.json").read_text())
+            read_record(page.path)
             reads.append(1)
 
     reads: list[int] = []
@@ -99,6 +99,52 @@ def test_a_reader_never_sees_half_a_record(journal: Journal) -> None:
     finally:
         ended.set()
         reader.join()
+
+
+@pytest.mark.parametrize("half", [b'{"phase": "ended"', b'{"phase": "en', b'{"name": "\xc3', b"\0" * 100])
+def test_half_a_line_at_the_end_is_passed_over_and_not_gone_on_with(home: Path, journal: Journal, half: bytes) -> None:
+    """The worker was killed, or the disk was full, or the power was cut, amid a line."""
+    page = abandoned(home, phase="running")
+    with (page.path / "run.json").open("ab") as file:
+        file.write(half)
+
+    assert read_record(page.path)["phase"] == "running"
+    (ours,) = journal.take_over(API, POOL)
+    ours.write(phase="ended")
+    assert [read_record(page.path)[name] for name in ("phase", "owner")] == ["ended", journal.owner]
+
+
+def test_half_a_line_amid_the_others_is_no_record(home: Path, journal: Journal) -> None:
+    page = abandoned(home, phase="running")
+    with (page.path / "run.json").open("ab") as file:
+        file.write(b'{"phase": "en{"phase": "ended"}\n')
+
+    assert taken(journal) == []
+
+
+def test_a_line_that_was_written_by_half_is_made_good(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = open_page(journal, phase="claiming")
+
+    def half(descriptor: int, data: bytes) -> int:
+        monkeypatch.undo()
+        return os.write(descriptor, data[:5])
+
+    monkeypatch.setattr("procworker.system.records.os.write", half)
+    page.write(phase="running")
+    page.write(code=3)
+
+    assert page.kept
+    assert [read_record(page.path)[name] for name in ("phase", "code")] == ["running", 3]
+
+
+def test_a_record_does_not_grow_for_ever(journal: Journal) -> None:
+    page = open_page(journal)
+    for number in range(4 * LINES):
+        page.write(number=number)
+    lines = (page.path / "run.json").read_bytes().splitlines()
+
+    assert len(lines) <= LINES + 1
+    assert read_record(page.path)["number"] == 4 * LINES - 1
 
 
 def test_a_run_has_one_page_until_it_is_removed(journal: Journal) -> None:
@@ -153,17 +199,18 @@ def test_without_any_place_opening_fails_and_nothing_else_does(
 def test_a_full_disk_costs_the_record_and_nothing_else(tmp_path: Path) -> None:
     """A file size limit stands in for the disk: what cannot be written is remembered, the old record stays whole."""
     code = f"""if True:
-        import json, resource, signal, sys
+        import resource, signal, sys
         sys.path[:] = {sys.path!r}
         from pathlib import Path
         from uuid import uuid4
         from procworker.system.journal import Journal
+        from procworker.system.records import read_record
         page = Journal(Path({str(tmp_path)!r})).page(uuid4(), phase="running")
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
         page.write(phase="ended")
         assert page.data["phase"] == "ended" and not page.kept
-        print(json.loads((page.path / "run.json").read_text())["phase"])"""
+        print(read_record(page.path)["phase"])"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
     assert done.stdout == "running\n", done.stderr
@@ -179,7 +226,7 @@ def test_what_a_dead_worker_left_becomes_ours(home: Path, journal: Journal) -> N
 
     assert ours.path == page.path
     assert ours.data["phase"] == "running"
-    assert json.loads((page.path / "run.json").read_text())["owner"] == journal.owner
+    assert read_record(page.path)["owner"] == journal.owner
     assert taken(Journal(home)) == []
     assert len(list((home / "workers").iterdir())) == 1
     ours.remove()
@@ -433,14 +480,26 @@ def test_whatever_the_umask_is_all_is_private(home: Path, journal: Journal) -> N
     assert stat.S_IMODE((page.path / "run.json").stat().st_mode) == 0o600
 
 
+def test_whatever_lies_in_a_page_goes_with_it(home: Path, journal: Journal) -> None:
+    page = open_page(journal)
+    (page.path / "made by hand" / "inside").mkdir(parents=True)
+    page.remove()
+    assert list((home / "runs").iterdir()) == []
+
+
 def test_what_is_left_of_a_removed_page_is_cleared_away_later(
     home: Path, journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page = open_page(journal)
     (page.path / "stdout").touch()
+
+    def die(path: Path) -> None:
+        raise SystemExit
+
     with monkeypatch.context() as broken_off:
-        broken_off.setattr(shutil, "rmtree", lambda *args, **options: None)
-        page.remove()
+        broken_off.setattr(os, "unlink", die)
+        with pytest.raises(SystemExit):
+            page.remove()
     (left,) = (home / "runs").iterdir()
 
     assert left.name.startswith(NEW)

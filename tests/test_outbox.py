@@ -215,7 +215,8 @@ async def test_nuls_secrets_and_what_is_no_unicode_do_not_reach_the_server(serve
 @pytest.mark.parametrize("text", ["x" * 5000, "é" * 5000, "\n" * 5000, "x" * 100 + "☃" * 5000, "x", "x" * 880])
 @pytest.mark.parametrize("largest", [1000, 50])
 def test_a_message_is_cut_to_fit_as_closely_as_it_can(text: str, largest: int) -> None:
-    fitted = _fitted(record(text), largest)
+    fitted, size = _fitted(record(text), largest)
+    assert size == _size(fitted)
     if _size(record(text)) <= largest:
         assert fitted["message"] == text
     elif largest > 200:

@@ -30,6 +30,7 @@ from procworker.settings import Settings
 from procworker.system.census import DEAD, ELSEWHERE, LIVING, take_census
 from procworker.system.journal import Journal, here
 from procworker.system.processes import identify
+from procworker.system.records import read_record
 
 PROFILES = "active = 'x'\n[profiles.x]\nPROCWORKER_HOME = 'elsewhere'"
 FRESH = f"import sys; sys.path.insert(0, {str(ROOT)!r}); "
@@ -185,8 +186,9 @@ def test_a_worker_s_file_that_is_half_written_says_nothing(home: Path, told: str
 def test_a_run_of_another_host_is_shown_as_such(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its pid is a stranger's here, and its lock is not looked at."""
     journal, _ = a_record(home, infrastructure={"process": [os.getpid(), 1.0]})
-    file = next((home / "runs").iterdir()) / "run.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "place": {**here(), "host": "other"}}))
+    page = next((home / "runs").iterdir())
+    file = page / "run.json"
+    file.write_text(json.dumps({**read_record(page), "place": {**here(), "host": "other"}}))
     (home / "workers" / journal.owner).unlink()
 
     (worker,) = as_json(capsys)["workers"]
@@ -227,8 +229,9 @@ def test_the_phase_says_what_goes_on(home: Path, phase: str, reason: str | None,
 def test_a_record_without_what_is_new_is_shown_too(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As older versions wrote it: no times, no flow, an empty file of the worker."""
     journal, id = a_record(home)
-    file = next((home / "runs").iterdir()) / "run.json"
-    data = json.loads(file.read_text())
+    page = next((home / "runs").iterdir())
+    file = page / "run.json"
+    data = read_record(page)
     del data["times"]
     file.write_text(json.dumps(data))
     (home / "workers" / journal.owner).write_text("")
@@ -274,8 +277,9 @@ def test_fields_of_another_kind_than_ours_are_borne(
         "api",
     )
     journal, id = a_record(home)
-    file = next((home / "runs").iterdir()) / "run.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **dict.fromkeys(fields, nonsense)}))
+    page = next((home / "runs").iterdir())
+    file = page / "run.json"
+    file.write_text(json.dumps({**read_record(page), **dict.fromkeys(fields, nonsense)}))
     told = home / "workers" / journal.owner
     own = dict.fromkeys(("process", "name", "pool", "limit", "why", "type"), nonsense)
     told.write_text(json.dumps({**json.loads(told.read_text()), **own}) + "\n")
@@ -291,8 +295,9 @@ NUMBERS = {"inf": float("inf"), "-inf": float("-inf"), "nan": float("nan"), "hug
 @pytest.mark.parametrize("number", NUMBERS.values(), ids=NUMBERS)
 def test_numbers_of_no_clock_are_borne(home: Path, number: float, capsys: pytest.CaptureFixture[str]) -> None:
     journal, id = a_record(home)
-    file = next((home / "runs").iterdir()) / "run.json"
-    record = json.loads(file.read_text())
+    page = next((home / "runs").iterdir())
+    file = page / "run.json"
+    record = read_record(page)
     record |= {"times": {record["phase"]: number}, "infrastructure": {"process": [number, number]}}
     file.write_text(json.dumps(record))
     told = home / "workers" / journal.owner

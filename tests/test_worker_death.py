@@ -5,7 +5,6 @@ The table OUTCOMES says what is expected at each point; nothing runs twice, and 
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -22,6 +21,7 @@ from commands import FAST, ROOT, TEMPLATE, Command, fake_prefect
 from doomed import POINTS
 from misbehave import survivors
 
+from procworker.system.records import read_record
 from procworker.testing import Beside, serving
 
 pytestmark = pytest.mark.slow
@@ -323,7 +323,7 @@ def test_a_claim_that_is_carried_out_after_its_worker_died_is_not_lost(scene: Sc
     run = scene.schedule(COMPLETES)
     scene.die("before claim", "adopt", run)
     (page,) = (scene.home / "runs").iterdir()
-    claim = json.loads((page / "run.json").read_text())["transition_id"]
+    claim = read_record(page)["transition_id"]
     late = threading.Timer(1.0, scene.server.set_state, (run, "PENDING"), {"force": False, "transition_id": claim})
     late.start()
     with scene.successor() as worker:

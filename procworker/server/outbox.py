@@ -88,8 +88,7 @@ class Outbox:
             record = {name: value for name, value in record.items() if name != "worker_id"}
         if self._settings.logging_to_api_enabled and (record.get("flow_run_id") or "worker_id" in record):
             message = self._mask(str(record["message"])).replace("\0", "")
-            record = _fitted({**record, "message": message}, self._largest)
-            self._logs.add([(record, _size(record))])
+            self._logs.add([_fitted({**record, "message": message}, self._largest)])
 
     def event(self, event: JSON) -> None:
         """Send an event made by events.event()."""
@@ -173,11 +172,13 @@ def _size(item: JSON | str) -> int:
     return len(json.dumps(item, ensure_ascii=False, default=str).encode(errors="replace"))
 
 
-def _fitted(record: JSON, largest: int) -> JSON:
-    """Cut the message so that the record has at most `largest` bytes."""
-    text, room = record["message"], largest - _size({**record, "message": ""})
-    if len(text) <= room and _size(text) - 2 <= room:
-        return record
+def _fitted(record: JSON, largest: int) -> Item:
+    """Cut the message so that the record has at most `largest` bytes; return the record with its size."""
+    text, around = record["message"], _size({**record, "message": ""})
+    room = largest - around
+    if len(text) <= room and (size := _size(text) - 2) <= room:
+        return record, around + size
     room = max(room - len(TRUNCATED), 0)
     end = bisect_right(range(1, min(len(text), room) + 1), room, key=lambda length: _size(text[:length]) - 2)
-    return {**record, "message": text[:end] + TRUNCATED}
+    cut = {**record, "message": text[:end] + TRUNCATED}
+    return cut, _size(cut)

@@ -3,9 +3,10 @@
     HOME/runs/<flow run id>.<nonce>/   run.json, stdout, stderr
     HOME/workers/<id>                  locked by the worker as long as it lives; in it stands how it is
 
-A record names the worker that owns it. Who can lock a dead worker's file may take its records over, by writing its own
-id into them. Whether a process is the one of a record is never a question of its pid alone, since containers may share
-a home: a record says in which boot of which host and in which pid namespace its pids mean something.
+A record (run.json) is a line of JSON, then a line for each change. It names the worker that owns it. Who can lock a dead
+worker's file may take its records over, by writing its own id into them. Whether a process is the one of a record is
+never a question of its pid alone, since containers may share a home: a record says in which boot of which host and in
+which pid namespace its pids mean something.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from uuid import UUID, uuid4
 
 import psutil
 
-from procworker.system.records import JSON, VERSION, read_record, read_told, write_record
+from procworker.system.records import JSON, VERSION, append_record, read_record, read_told, write_record
 from procworker.system.wishes import Wish, take_wish
 
 try:
@@ -37,6 +38,8 @@ except ImportError:  # Windows: nothing is taken over there
 NEW = ".new-"
 """Begins the name of a directory that has no record yet."""
 STALE_SECONDS = 3600.0
+LINES = 50
+"""How many changes are added to a record before it is written as a whole again; a run needs three."""
 
 logger = logging.getLogger(__name__)
 
@@ -69,13 +72,15 @@ def try_lock(descriptor: int) -> bool:
 class Page:
     """The directory of one run."""
 
-    def __init__(self, path: Path, data: JSON, closed: Callable[[Page], None]) -> None:
+    def __init__(self, path: Path, data: JSON, closed: Callable[[Page], None], is_sound: bool = False) -> None:
+        """A record that is not sound, for all we know, is written as a whole before anything is added to it."""
         self.path = path
         self.data = data
         self.stdout = path / "stdout"
         self.stderr = path / "stderr"
         self.kept = True
         """Will it be found when we are dead?"""
+        self._lines_left = LINES if is_sound else 0
         self._closed = closed
 
     @property
@@ -93,21 +98,37 @@ class Page:
         self.data |= changes
         if "phase" in changes:
             self.data["times"] = {**self.data.get("times", {}), changes["phase"]: time.time()}
+            changes["times"] = self.data["times"]
         try:
-            write_record(self.path, self.data)
+            self._put_down(changes)
         except OSError as error:
             if self.kept:
                 text = "%s cannot be written: this run is not safe from our death (%s)"
                 logger.warning(text, self.path / "run.json", error.strerror or error)
             self.kept = False
 
+    def _put_down(self, changes: JSON) -> None:
+        if self._lines_left:
+            self._lines_left -= 1
+            with suppress(OSError):
+                append_record(self.path, changes)
+                return
+        self._lines_left = 0  # half a line may have been written
+        write_record(self.path, self.data)
+        self._lines_left = LINES
+
     def remove(self) -> None:
         """The run is over and reported."""
         # Whatever is left of it when we are broken off is cleared away in time.
         gone = self.path.with_name(NEW + self.path.name)
-        with suppress(OSError):
+        try:
             self.path.rename(gone)
-        shutil.rmtree(gone if gone.exists() else self.path, ignore_errors=True)
+            for name in os.listdir(gone):
+                os.unlink(gone / name)
+            gone.rmdir()
+        except OSError:
+            for path in (gone, self.path):
+                shutil.rmtree(path, ignore_errors=True)
         self._closed(self)
 
 
@@ -138,13 +159,13 @@ class Journal:
             path = self._home / "runs" / name
             new = path.with_name(NEW + name)
             _make_private(new)
-            write_record(new, data)
+            append_record(new, data, new=True)
             new.rename(path)
         except OSError as error:
             self._complain("home", "%s cannot be written, runs are not safe from our death: %s", self._home, error)
             path, kept = Path(tempfile.mkdtemp(prefix="procworker-run-")) / name, False
             path.mkdir(mode=0o700)
-        page = self._pages[str(flow_run_id)] = Page(path, data, self._forget)
+        page = self._pages[str(flow_run_id)] = Page(path, data, self._forget, is_sound=kept)
         page.kept = kept
         return page
 
@@ -341,6 +362,9 @@ class Journal:
 
 def _make_private(path: Path) -> None:
     """Make a directory and what is missing above it, for ourselves alone whatever our umask is."""
+    with suppress(OSError):
+        path.mkdir(mode=0o700)
+        return
     missing = [place for place in (path, *path.parents) if not place.exists()]
     for place in reversed(missing):
         with suppress(FileExistsError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -26,8 +27,8 @@ def read_record(path: Path) -> JSON:
         raise ValueError("it belongs to another user")
     if status.st_size > LARGEST:
         raise ValueError("its run.json is too large")
-    data = json.loads(file.read_bytes())
-    if not isinstance(data, dict) or not isinstance(data.get("version"), int):
+    data = _joined(file.read_bytes())
+    if not isinstance(data.get("version"), int):
         raise ValueError("its run.json is no record")
     if data["version"] > VERSION:
         raise ValueError(f"a newer procworker wrote it (version {data['version']})")
@@ -53,10 +54,37 @@ def read_told(place: Path) -> JSON | None:
     return told if is_ours else None
 
 
+def _joined(text: bytes) -> JSON:
+    """Put a record together: a line with all of it, then lines with what changed. Half a line at the end is no line."""
+    data: JSON = {}
+    for line in text.splitlines(keepends=True):
+        try:
+            part = json.loads(line)
+        except (ValueError, RecursionError):
+            if data and not line.endswith(b"\n"):  # its worker was about to write it
+                break
+            raise
+        if not isinstance(part, dict):
+            raise ValueError("its run.json is no record")
+        data |= part
+    return data
+
+
 def write_record(path: Path, data: JSON) -> None:
     """Replace the record as a whole; after a power cut an older one may stand there."""
     new = path / "run.json.new"
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with open(descriptor, "w") as file:
-        file.write(json.dumps(data))  # json.dump would do it in Python
+    new.unlink(missing_ok=True)
+    append_record(path, data, new=True, name=new.name)
     new.replace(path / "run.json")
+
+
+def append_record(path: Path, changes: JSON, *, new: bool = False, name: str = "run.json") -> None:
+    """Add a line to a record, or begin a new one; OSError when that was not possible as a whole."""
+    line = json.dumps(changes).encode() + b"\n"
+    flags = os.O_CREAT | os.O_EXCL if new else os.O_APPEND
+    descriptor = os.open(path / name, os.O_WRONLY | NO_LINK | flags, 0o600)
+    try:
+        if os.write(descriptor, line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    finally:
+        os.close(descriptor)

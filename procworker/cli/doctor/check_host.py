@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import shutil
 import stat
@@ -17,6 +16,7 @@ from typing import Any
 
 from procworker.cli.doctor.findings import Finding, fail, ok, warn
 from procworker.system.journal import here, try_lock
+from procworker.system.records import read_record
 from procworker.system.spool import CAP, _punch
 from procworker.system.watch import Inotify
 
@@ -29,7 +29,6 @@ PR_GET_CHILD_SUBREAPER = 37
 SCARCE, SPARSE = 64 << 20, 2 * CAP
 """Free bytes below which nothing can work, and below which the output of one run may not fit."""
 FEW_FILES = 1024
-JOURNAL_LIMIT = 1 << 20
 SERVICES = {
     "GITHUB_ACTIONS": "GitHub Actions",
     "GITLAB_CI": "GitLab CI",
@@ -140,11 +139,8 @@ def _count(number: int, noun: str) -> str:
 
 def _record(path: Path) -> dict[str, Any] | None:
     with suppress(OSError, ValueError, RecursionError):
-        file = path / "run.json"
-        if not path.name.startswith(".") and file.stat().st_size < JOURNAL_LIMIT:
-            data = json.loads(file.read_bytes())
-            if isinstance(data.get("place"), dict) and str(data.get("owner", "")).isalnum():
-                return dict(data)
+        if not path.name.startswith("."):
+            return read_record(path)
     return None
 
 
