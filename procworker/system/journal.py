@@ -3,10 +3,10 @@
     HOME/runs/<flow run id>.<nonce>/   run.json, stdout, stderr
     HOME/workers/<id>                  locked by the worker as long as it lives; in it stands how it is
 
-A record (run.json) is a line of JSON, then a line for each change. It names the worker that owns it. Who can lock a dead
-worker's file may take its records over, by writing its own id into them. Whether a process is the one of a record is
-never a question of its pid alone, since containers may share a home: a record says in which boot of which host and in
-which pid namespace its pids mean something.
+A record (run.json) is a line of JSON, then a line for each change. It names the worker that owns it. Who can lock a
+dead worker's file may take its records over, by writing its own id into them. Whether a process is the one of a record
+is never a question of its pid alone, since containers may share a home: a record says in which boot of which host and
+in which pid namespace its pids mean something.
 """
 
 from __future__ import annotations
