@@ -13,7 +13,6 @@ import logging
 import os
 import re
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
-from difflib import get_close_matches
 from itertools import repeat
 from typing import Any, Protocol
 from uuid import UUID
@@ -166,6 +165,8 @@ async def resolve_variables(template: Any, client: Resolver | None = None) -> An
 
 def unknown_placeholders(template: Any, known: Collection[str]) -> list[tuple[str, str | None]]:
     """List the names in `<< name >>` that nobody knows, each with the known name nearest to it."""
+    from difflib import get_close_matches  # as a rule nobody needs it
+
     found: dict[tuple[str, bool], None] = {}
     _fill(template, lambda match, _: found.setdefault((match["name"], _is_unknown(match, known))))
     names = [name for name, is_unknown in found if is_unknown]

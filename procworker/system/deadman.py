@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -39,6 +38,8 @@ if not said.endswith(b"bye"):
 @contextmanager
 def dead_mans_switch(module: str, function: str, argument: object) -> Iterator[None]:
     """Have `module.function(argument)` called in a process of its own if this one dies inside the block."""
+    import pickle  # most workers have no helper
+
     flags = ["-I", "-S", "-c", HELPER]
     path = [*map(os.path.abspath, sys.path), ROOT]
     helper = subprocess.Popen(
