@@ -42,7 +42,7 @@ class Page(Protocol):
     """Will it be found when its worker is dead?"""
 
     def write(self, **changes: Any) -> None:
-        """Change fields of the record; never raises, and never leaves a half-written one."""
+        """Change fields of the record; never raises, and who reads it finds all of this change or none."""
 
     def remove(self) -> None: ...
 

@@ -31,6 +31,7 @@ from procworker.errors import (
     Unauthorized,
     Unreachable,
 )
+from procworker.redaction import STARS
 from procworker.server.connection import _is_direct
 from procworker.server.http import Http, _retry_after
 from procworker.settings import Settings
@@ -54,13 +55,16 @@ async def talking(url: str, headers: dict[str, str] | None = None, **values: str
 
 
 @asynccontextmanager
-async def raw_server(handler: Handler, context: ssl.SSLContext | None = None) -> AsyncIterator[str]:
-    """Hand every connection, once its first request has come, to the handler."""
+async def raw_server(
+    handler: Handler, context: ssl.SSLContext | None = None, *, unread: bool = False
+) -> AsyncIterator[str]:
+    """Hand every connection, once its first request has come, to the handler; or unread."""
 
     async def converse(stream: ByteStream) -> None:
         try:
             async with stream:
-                await stream.receive()
+                if not unread:
+                    await stream.receive()
                 await handler(stream)
         except (anyio.BrokenResourceError, anyio.EndOfStream, anyio.ClosedResourceError, ssl.SSLError):
             pass
@@ -121,6 +125,30 @@ async def test_custom_headers_win_over_basic_auth_and_basic_auth_over_the_key(
     async with talking(server.url, **values) as http:
         await http.request("GET", "/health")
     assert server.requests[0].headers.get("authorization") == expected
+
+
+@pytest.mark.parametrize("redirected", [False, True])
+async def test_no_header_is_sent_twice(redirected: bool) -> None:
+    asked: list[str] = []
+
+    async def handle(stream: ByteStream) -> None:
+        asked.append((await stream.receive()).decode("latin-1"))
+        moved = "307 Moved\r\nLocation: /there" if redirected and len(asked) == 1 else "200 OK"
+        await stream.send(f"HTTP/1.1 {moved}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
+
+    names = ("Host", "Accept", "Accept-Encoding", "Content-Type", "Content-Length", "Transfer-Encoding", "X-Api-Key")
+    custom = json.dumps(dict.fromkeys(names, "mine"))
+    options = {"client_custom_headers": custom, "client_csrf_support_enabled": "false"}
+    async with raw_server(handle, unread=True) as url, talking(url, **options) as http:
+        await http.request("POST", "/flows/", json={"name": "x"})
+    for head in (text.partition("\r\n\r\n")[0] for text in asked):
+        lines = [line.partition(": ") for line in head.lower().split("\r\n")[1:]]
+        fields = {name: value for name, _, value in lines}
+        assert len(fields) == len(lines)
+        assert (fields["accept"], fields["x-api-key"], fields["content-length"]) == ("mine", "mine", "13")
+        assert fields["content-type"] == "application/json"
+        assert "transfer-encoding" not in fields
+    assert len(asked) == 1 + redirected
 
 
 async def test_our_name_and_the_csrf_headers_cannot_be_customised(
@@ -254,6 +282,28 @@ async def test_no_error_shows_a_secret(server: PrefectApi) -> None:
             await http.request("GET", "/health")
     assert "you sent Basic ***" in str(caught.value)
     assert not any(secret in str(caught.value) for secret in ("bWU6", "password", "hush-hush"))
+
+
+@pytest.mark.parametrize("before", range(10))
+async def test_nor_does_an_error_show_a_part_of_one(before: int) -> None:
+    secret = "abcdefghijklmnopqrstuvwxyz"
+    fill = "x" * (30 + before)
+    answers = {
+        "location": f"HTTP/1.1 400 Bad\nLocation: /{'x' * 150}{fill}{secret}\nContent-Length: 0",
+        "status": f"{fill}{secret}\nContent-Length: 0",
+        "header": f"HTTP/1.1 200 OK\n{fill} {secret}",
+        "length": f"HTTP/1.1 200 OK\nContent-Length: {fill} {secret}",
+        "coding": f"HTTP/1.1 200 OK\nTransfer-Encoding: {fill} {secret}",
+        "chunk": f"HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n{fill} {secret}",
+        "body": f"HTTP/1.1 400 Bad\nContent-Length: 2400\n\n{{{' ' * (1980 + before)}{secret}{' ' * 400}",
+    }
+    for name, answer in answers.items():
+        handler = answering(f"{answer}\nConnection: close\n\n")
+        async with raw_server(handler) as url, talking(url, api_key=secret) as http:
+            with pytest.raises(ApiError) as caught:
+                await http.request("GET", "/flows/", retries=0)
+        assert secret[:4] not in str(caught.value), name
+        assert (name == "body") == (STARS not in str(caught.value)), name
 
 
 # What is tried again, and when
@@ -432,6 +482,43 @@ async def bomb(stream: ByteStream) -> None:
     await stream.send(body)
 
 
+async def twice_packed(stream: ByteStream) -> None:
+    body = gzip.compress(gzip.compress(bytes(70 * 1024 * 1024), 1), 1)
+    await stream.send(b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip, gzip\r\nContent-Length: %d\r\n\r\n" % len(body))
+    await stream.send(body)
+
+
+@pytest.mark.parametrize("way", ["/flows/", "/moved"])
+async def test_a_body_that_is_encoded_twice_is_not_unpacked(way: str) -> None:
+    async def handle(stream: ByteStream) -> None:
+        if b"/moved" in await stream.receive():
+            await stream.send(b"HTTP/1.1 307 Moved\r\nLocation: /flows/\r\nContent-Length: 0\r\n\r\n")
+        else:
+            await twice_packed(stream)
+
+    async with raw_server(handle, unread=True) as url, talking(url) as http:
+        with pytest.raises(Unreachable, match="the body is encoded more than once"):
+            await http.request("GET", way, retries=0)
+
+
+async def test_all_waits_of_an_attempt_are_bounded_as_one() -> None:
+    async def slow(stream: ByteStream) -> None:
+        for byte in b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nX-Slow: %b\r\n\r\n" % (b"x" * 500):
+            await stream.send(bytes([byte]))
+            await anyio.sleep(0.01)
+
+    async def ask(http: Http) -> None:
+        with pytest.raises(Unreachable, match=r"no answer within 0\.5 s"):
+            await http.request("POST", "/flows/", json={}, retries=0)
+
+    async with raw_server(slow) as url, talking(url, api_request_timeout="0.5") as http:
+        began = anyio.current_time()
+        async with anyio.create_task_group() as tasks:  # each waits for the token of the one before
+            for _ in range(4):
+                tasks.start_soon(ask, http)
+        assert anyio.current_time() - began < 2
+
+
 @pytest.mark.parametrize("handler", [announced, endless, bomb])
 async def test_a_body_over_64_mib_is_not_read_and_not_asked_for_again(handler: Handler) -> None:
     calls: list[Handler] = []
@@ -456,6 +543,48 @@ async def test_a_redirect_to_another_host_carries_no_credentials(server: Prefect
     async with raw_server(answering(away)) as url, talking(url, client_custom_headers=custom) as http:
         assert await http.request("GET", "/health") is True
     assert not {"authorization", "x-access"} & server.requests[0].headers.keys()
+
+
+async def test_a_redirect_to_another_host_carries_no_csrf_token(server: PrefectApi) -> None:
+    other = server.url.replace("127.0.0.1", "localhost")
+    expiration = (datetime.now(timezone.utc) + timedelta(hours=1)).isoformat()
+    token = f'{{"token": "t", "expiration": "{expiration}"}}'
+    asked: list[bytes] = []
+
+    async def handle(stream: ByteStream) -> None:
+        asked.append(await stream.receive())
+        if b"/csrf-token" in asked[-1]:
+            answer = f"HTTP/1.1 200 OK\r\nContent-Length: {len(token)}\r\nConnection: close\r\n\r\n{token}"
+        else:
+            answer = f"HTTP/1.1 307 Moved\r\nLocation: {other}/flows/\r\nContent-Length: 0\r\n\r\n"
+        await stream.send(answer.encode())
+
+    async with raw_server(handle, unread=True) as url, talking(url) as http:
+        await http.request("POST", "/flows/", json={"name": "x"})
+    assert b"prefect-csrf-token: t\r\n" in asked[1]
+    assert not {"prefect-csrf-token", "prefect-csrf-client"} & server.seen("POST", "/flows/")[0].headers.keys()
+
+
+@pytest.mark.parametrize("location", ["http://localhost:99999/x", "http://127.0.0.1:99999/x", "http://[::1", "//:9x/"])
+async def test_a_redirect_to_nowhere_is_unreachable(location: str) -> None:
+    away = f"HTTP/1.1 307 Moved\nLocation: {location}\nContent-Length: 0\nConnection: close\n\n"
+    async with raw_server(answering(away)) as url, talking(url) as http:
+        with pytest.raises(Unreachable):
+            await http.request("GET", "/health", retries=0)
+
+
+@pytest.mark.parametrize(
+    "more",
+    ["X-Name: caf\xe9", "Content-Encoding: gzip", "Content-Encoding: nonsense", "Content-Encoding: gzip, gzip"],
+)
+async def test_what_else_a_redirect_says_does_not_matter(server: PrefectApi, more: str) -> None:
+    away = f"HTTP/1.1 307 Moved\r\nLocation: {server.url}/health\r\n{more}\r\nContent-Length: 0\r\n\r\n"
+
+    async def handle(stream: ByteStream) -> None:
+        await stream.send(away.encode("latin-1"))
+
+    async with raw_server(handle) as url, talking(url) as http:
+        assert await http.request("GET", "/health", retries=0) is True
 
 
 async def test_a_redirect_on_the_same_origin_keeps_credentials(server: PrefectApi) -> None:

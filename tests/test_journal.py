@@ -17,8 +17,8 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from procworker.system.journal import LINES, NEW, STALE_SECONDS, Journal, Page, here, try_lock
-from procworker.system.records import read_record
+from procworker.system.journal import NEW, ROOM, STALE_SECONDS, Journal, Page, here, try_lock
+from procworker.system.records import LARGEST, read_record
 
 API, POOL = "http://127.0.0.1:4200/api", "pool"
 
@@ -139,12 +139,21 @@ def test_a_line_that_was_written_by_half_is_made_good(journal: Journal, monkeypa
 
 def test_a_record_does_not_grow_for_ever(journal: Journal) -> None:
     page = open_page(journal)
-    for number in range(4 * LINES):
-        page.write(number=number)
-    lines = (page.path / "run.json").read_bytes().splitlines()
+    whole, largest = (page.path / "run.json").stat().st_size, 0
+    for number in range(2000):
+        page.write(number=number, text="x" * 100)
+        largest = max(largest, (page.path / "run.json").stat().st_size)
 
-    assert len(lines) <= LINES + 1
-    assert read_record(page.path)["number"] == 4 * LINES - 1
+    assert ROOM < largest < whole + ROOM + 200
+    assert read_record(page.path)["number"] == 1999
+
+
+def test_a_record_grows_by_what_is_new_alone(journal: Journal) -> None:
+    page = open_page(journal)
+    for number in range(10):
+        page.write(text=str(number) * (LARGEST // 2))
+
+    assert read_record(page.path)["text"][0] == "9"
 
 
 def test_a_run_has_one_page_until_it_is_removed(journal: Journal) -> None:

@@ -188,7 +188,21 @@ async def test_the_request_is_the_one_that_httpx_sends() -> None:
     ours, theirs = (text.partition(b"\r\n\r\n") for text in seen)
     assert ours[2] == theirs[2]
     assert sorted(ours[0].lower().split(b"\r\n")[1:]) == sorted(theirs[0].lower().split(b"\r\n")[1:])
-    assert seen[0].splitlines()[:2] == seen[1].splitlines()[:2]
+    assert seen[0].lower().splitlines()[:2] == seen[1].lower().splitlines()[:2]
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "PATCH", "DELETE"])
+async def test_whether_there_is_a_body_is_said_as_httpx_says_it(method: str) -> None:
+    seen: list[bool] = []
+
+    async def listen(stream: anyio.abc.SocketStream) -> None:
+        seen.append(b"content-length: 0\r\n" in (await stream.receive()).lower() + b"\r\n")
+        await stream.send(WHOLE)
+
+    async with served(listen) as url:
+        for transport in (Ours(), httpx.AsyncHTTPTransport()):
+            assert (await ask(transport, url, method))[0] == 200
+    assert seen[0] == seen[1]
 
 
 async def test_a_header_that_would_be_two_is_not_sent() -> None:
@@ -256,6 +270,7 @@ async def test_one_connection_serves_many_requests(name: str) -> None:
         b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nhi",
         OK + b"Content-Length: 2\r\n\r\nhi and more",
         OK + b"Transfer-Encoding: chunked\r\nContent-Length: 2\r\n\r\n2\r\nhi\r\n0\r\n\r\n",
+        OK + b"X-Fill: %b\r\nContent-Length: 2\r\n\r\nhi%b" % (b"x" * (65536 - 50), WHOLE),
     ],
 )
 async def test_a_connection_that_says_or_sends_too_much_is_not_used_again(answer: bytes) -> None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 BODY_LIMIT, DECODED_AT_ONCE = 64 * 1024 * 1024, 16 * 1024
-REDIRECTS = 5
+REDIRECTS, HIGHEST_PORT = 5, 65535
 # httpx looks at each idle connection for every request: four are enough for the pace of flow runs.
 CONNECTIONS, IDLE_CONNECTIONS, IDLE_SECONDS = 16, 4, 25.0
 LIMITS = httpx.Limits(
@@ -35,7 +35,8 @@ LIMITS = httpx.Limits(
 )
 # Servers treat a client that calls itself prefect/x.y as that version, so this one uses its own name.
 OWN_HEADERS = {"user-agent": f"procworker/{__version__}", "x-prefect-api-version": "0.8.4"}
-RESERVED_HEADERS = {"user-agent", "prefect-csrf-token", "prefect-csrf-client"}
+CSRF_HEADERS = ("prefect-csrf-token", "prefect-csrf-client")
+RESERVED_HEADERS = {"user-agent", "content-length", "transfer-encoding", *CSRF_HEADERS}
 HEADER_NAME = re.compile(TOKEN.decode())
 HEADER_VALUE = re.compile(r"([!-~]([ -~\t]*[!-~])?)?")
 
@@ -65,7 +66,7 @@ class Connection:
             self._path = url.raw_path.decode().rstrip("/")
             # Credentials in a URL are something that httpx has rules for.
             if url.scheme == "http" and url.host and not (transport or url.userinfo or proxy_to(settings)):
-                own = {"Accept": "*/*", "Accept-Encoding": "identity", **self.headers}
+                own = {"accept": "*/*", "accept-encoding": "identity", **self.headers}
                 self._short_way = PlainHttp(url, own, CONNECTIONS, IDLE_CONNECTIONS, IDLE_SECONDS)
         if self._short_way is None:
             self._long_way = self._open()
@@ -81,15 +82,17 @@ class Connection:
     async def ask(
         self, method: str, target: str, content: bytes | None = None, headers: Mapping[str, str] = {}
     ) -> Answer:
-        """Ask once for what is below the API's URL; raises httpx's errors, TimeoutError, and OverflowError (body)."""
+        """Ask once for what is below the API's URL; the names of headers are in lower case.
+
+        Raises httpx's errors, TimeoutError, and OverflowError (body).
+        """
         redirect = None
         if self._short_way is not None:
             path = self._path + target
             answer = await self._short_way.ask(method, path, headers, content, self._seconds, BODY_LIMIT)
-            if "content-encoding" in answer.headers:  # nobody asked for it
-                return await _decoded(answer)
             if not answer.leads_elsewhere:
-                return answer
+                # Nobody asked for an encoding.
+                return await _decoded(answer) if "content-encoding" in answer.headers else answer
             redirect = answer
         # httpx bounds each read; this also ends an answer that comes byte by byte.
         with anyio.fail_after(2 * self._seconds):
@@ -100,7 +103,7 @@ class Connection:
     ) -> Answer:
         """Ask, following redirects that keep the method; the first answer may be there already.
 
-        httpx keeps Authorization from other origins; other hosts must not see custom headers either.
+        httpx keeps Authorization from other origins; other hosts must not see custom headers and CSRF tokens either.
         """
         if self._long_way is None:
             self._long_way = self._open()
@@ -116,8 +119,10 @@ class Connection:
                 following = response.next_request
                 if following is None or following.method != request.method:
                     return await _read(response)
+            if (following.url.port or 0) > HIGHEST_PORT:
+                raise httpx.InvalidURL(f"redirected to port {following.url.port}")
             if following.url.host != request.url.host:
-                for name in self._settings.client_custom_headers:
+                for name in (*CSRF_HEADERS, *self._settings.client_custom_headers):
                     following.headers.pop(name, None)
             request = following
         raise httpx.TooManyRedirects("too many redirects")
@@ -149,6 +154,8 @@ def _explained(settings: Settings) -> Iterator[None]:
 async def _read(response: httpx.Response) -> Answer:
     """Read to the end, or until it is too much."""
     declared, body = response.headers.get("Content-Length", ""), bytearray()
+    if "," in response.headers.get("Content-Encoding", ""):  # each multiplies what a few bytes become
+        raise httpx.DecodingError("the body is encoded more than once")
     if not (declared.isdecimal() and int(declared) > BODY_LIMIT):
         async for chunk in response.aiter_bytes():
             body += chunk
@@ -162,7 +169,8 @@ async def _read(response: httpx.Response) -> Answer:
 async def _as_of_httpx(answer: Answer, request: httpx.Request) -> httpx.Response:
     """Let httpx find out what may be asked for next, and with which headers."""
     reason = {"reason_phrase": answer.reason.encode()}
-    given = httpx.Response(answer.status, headers=answer.headers, content=answer.body, extensions=reason)
+    headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in answer.headers.items()]
+    given = httpx.Response(answer.status, headers=headers, content=answer.body, extensions=reason)
     async with httpx.AsyncClient(transport=httpx.MockTransport(lambda _: given)) as client:
         return await client.send(request, stream=True)
 

@@ -22,7 +22,7 @@ from pydantic import AwareDatetime, ValidationError
 from procworker.errors import ApiError, ObjectNotFound, Rejected, Unauthorized, Unreachable
 from procworker.redaction import SHORTEST_CREDENTIAL, Mask
 from procworker.server.answer import Answer
-from procworker.server.connection import Connection
+from procworker.server.connection import CSRF_HEADERS, Connection
 from procworker.server.models import Shape
 from procworker.settings import Settings
 
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 LONGEST_BACKOFF, LONGEST_PAUSE, LONGEST_MAINTENANCE = 10.0, 60.0, 600.0
+EXCERPT, LONGEST_LINE = 200, 500
+"""Characters, of what the server or httpx says."""
 PASSING_CODES = frozenset({408, 429, 502, 503})
 TOO_LARGE = frozenset({413, 414, 431})
 # OverflowError: a body over the limit. UnicodeError: a host name that cannot be encoded. OSError: a timeout.
@@ -114,7 +116,7 @@ class Http:
         """
         # A lone surrogate (a file name that is not UTF-8) would make the server refuse everything.
         content = None if json is None else jsonlib.dumps(json, ensure_ascii=False).encode(errors="replace")
-        headers = {} if json is None else {"Content-Type": "application/json"}
+        headers = {} if json is None else {"content-type": "application/json"}
         target = path + (f"?{urlencode(params)}" if params else "")
         ask = partial(self._exchange, method, target, content, headers)
         allowed = self._settings.client_max_retries if retries is None else retries
@@ -152,13 +154,14 @@ class Http:
     async def _attempt(
         self, method: str, path: str, ask: Callable[[Mapping[str, str]], Awaitable[Answer]], parse: Parse
     ) -> Any:
-        """Ask once, or twice if the server wants a new CSRF token."""
+        """Ask once, or twice if the server wants a new CSRF token; however many answers that takes, time is bounded."""
         route = f"{method} {path}"
         try:
-            answer = await ask(await self._csrf_proof(method))
-            if answer.refuses_csrf_token() and self._may_need_csrf:
-                self._needs_csrf, self._csrf = True, None
+            with anyio.fail_after(2 * self._settings.api_request_timeout):
                 answer = await ask(await self._csrf_proof(method))
+                if answer.refuses_csrf_token() and self._may_need_csrf:
+                    self._needs_csrf, self._csrf = True, None
+                    answer = await ask(await self._csrf_proof(method))
         except NO_ANSWER as error:
             raise self._silence(route, error) from error
         return self._read(route, answer, parse)
@@ -177,7 +180,7 @@ class Http:
                     self._csrf = self._read("GET /csrf-token", answer, CsrfToken.model_validate_json)
         if not self._needs_csrf or self._csrf is None:
             return {}
-        return {"Prefect-Csrf-Token": self._csrf.token, "Prefect-Csrf-Client": self._csrf_client}
+        return dict(zip(CSRF_HEADERS, (self._csrf.token, self._csrf_client), strict=True))
 
     async def _exchange(
         self, method: str, target: str, content: bytes | None, headers: Mapping[str, str], proof: Mapping[str, str]
@@ -196,7 +199,7 @@ class Http:
             text += " (PREFECT_API_SSL_CERT_FILE names the CA to trust)"
         elif isinstance(error, httpx.ConnectError) and not self._settings.embedded_server:
             text += f" (PREFECT_API_URL is {self._settings.api_identity})"
-        failure = Unreachable(f"{route}: {self._line(text)}")
+        failure = Unreachable(f"{route}: {self._line(text)[:LONGEST_LINE]}")
         first = isinstance(error, httpx.ConnectError) and not self._answered
         return failure if first or isinstance(error, LASTING) else _Passing(failure)
 
@@ -210,10 +213,12 @@ class Http:
             except (ValueError, RecursionError) as error:
                 text += f", but the body is no use: {_complaint(error)}"
         elif location := answer.headers.get("location"):
-            text += f" to {location[:200]}"
+            text += f" to {self._mask(location)[:EXCERPT]}"
         if (good or answer.status == 404) and not self._connection.base.endswith("/api") and not answer.is_of_the_api():
             text += " (most PREFECT_API_URL end in /api)"
-        excerpt = self._line(answer.body[:2000].decode(errors="replace"))[:200]
+        # Half a secret would not be known as one.
+        end, _ = self._mask.seam(answer.body[: 10 * EXCERPT + self._mask.longest], 10 * EXCERPT)
+        excerpt = self._line(answer.body[:end].decode(errors="replace"))[:EXCERPT]
         failure = _kind(answer)(f"{self._line(text)}: {excerpt}".rstrip(": "), answer.status)
         if good or answer.status in PASSING_CODES | self._settings.client_retry_extra_codes:
             raise _Passing(failure, answer.headers, once=good)

@@ -22,17 +22,20 @@ from procworker.server.answer import Answer
 HEAD_LIMIT = 64 * 1024
 """Bytes that the lines before a body may take, and that one line about a chunk may."""
 TRAILERS_LIMIT = 100
+AT_ONCE = 256 * 1024
+"""Bytes that asyncio reads at most; were less taken of them, the rest would lie where `is_quiet` does not look."""
+BODILESS = frozenset({"GET", "HEAD", "DELETE"})
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _BROKEN = (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError)
 _HEAD_END, _LINE_END = re.compile(rb"\r?\n\r?\n"), re.compile(rb"\r?\n")
 _FOLD = re.compile(rb"\r?\n[ \t]+")
-_STATUS = re.compile(rb"HTTP/1\.([0-9]) ([1-9][0-9]{2})(?: (.*))?")
+_STATUS = re.compile(rb"HTTP/1\.([0-9]) ([1-9][0-9]{2})(?: ([^\r\0]*))?")
 _NAME = re.compile(TOKEN)
 _CHUNK = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;.*)?")
 
 
 class PlainHttp:
-    """Connections to one origin, used again while it keeps them open; failures are httpx's own, or TimeoutError.
+    """Connections to one origin, used again while it keeps them open.
 
     At most `most` answers are under way at once, who waits is served in turn; `most_idle` connections wait for the next
     request, each for `expiry` seconds. What every request carries is given once.
@@ -40,7 +43,7 @@ class PlainHttp:
 
     def __init__(self, url: httpx.URL, headers: Mapping[str, str], most: int, most_idle: int, expiry: float) -> None:
         self._host, self._port = url.raw_host.decode(), url.port or 80
-        self._headers = [b"Host: %b" % url.netloc, *_fields(headers)]
+        self._headers = {"host": url.netloc.decode("ascii"), **headers}
         self._places = anyio.Semaphore(most)
         self._most_idle = most_idle
         self._expiry = expiry
@@ -52,9 +55,10 @@ class PlainHttp:
     ) -> Answer:
         """Return the answer; each step may take so many seconds, and all of them twice as long.
 
-        Raises OverflowError for a body of more than `most` bytes.
+        The names of headers are in lower case; those given here take the place of others. Raises OverflowError for a
+        body of more than `most` bytes, TimeoutError, and httpx's errors for all else that is no answer.
         """
-        message = _message(method, target, [*self._headers, *_fields(headers)], content)
+        message = _message(method, target, {**self._headers, **headers}, content)
         with anyio.CancelScope() as scope:
             latest = anyio.current_time() + 2 * seconds
 
@@ -190,13 +194,13 @@ class _Connection:
             return
         if encoding is not None:
             if encoding.strip().lower() != "chunked":
-                _refuse(f"transfer encoding {encoding[:50]!r}")
+                _refuse(f"transfer encoding {encoding!r}")
             self._is_last = False
             self._keeps_open = self._keeps_open and length is None  # RFC 9112, 6.3: somebody may be smuggling
         elif length is not None:
             sizes = {size.strip() for size in length.split(",")}
             if len(sizes) > 1 or not re.fullmatch("[0-9]{1,18}", size := sizes.pop()):
-                _refuse(f"content length {length[:50]!r}")
+                _refuse(f"content length {length!r}")
             self._left = int(size)
         else:
             self._left, self._keeps_open = None, False
@@ -225,7 +229,7 @@ class _Connection:
         self._follows_chunk = True
         line = await self._until(_LINE_END)
         if not (size := _CHUNK.fullmatch(line)):
-            _refuse(f"chunk size {line[:50]!r}")
+            _refuse(f"chunk size {line!r}")
         self._left = int(size[1], 16)
         if self._left == 0:
             for _ in range(TRAILERS_LIMIT):
@@ -250,7 +254,7 @@ class _Connection:
     async def _receive(self) -> bool:
         """Wait for more; return whether there was any before the end."""
         try:
-            self._received += await self._stream.receive()
+            self._received += await self._stream.receive(AT_ONCE)
         except anyio.EndOfStream:
             return False
         except _BROKEN as error:
@@ -258,31 +262,27 @@ class _Connection:
         return True
 
 
-def _fields(headers: Mapping[str, str]) -> list[bytes]:
-    return [f"{name}: {value}".encode("latin-1") for name, value in headers.items()]
-
-
-def _message(method: str, target: str, fields: list[bytes], content: bytes | None) -> bytes:
+def _message(method: str, target: str, headers: Mapping[str, str], content: bytes | None) -> bytes:
     """Lay a request out; raises LocalProtocolError for a header that would be two."""
-    lines = [f"{method} {target} HTTP/1.1".encode("ascii"), *fields]
-    if content is not None:
-        lines.append(b"Content-Length: %d" % len(content))
-    head = b"\r\n".join(lines)
-    if head.count(b"\n") + head.count(b"\r") + head.count(b"\0") != 2 * len(lines) - 2:
+    lines = [f"{method} {target} HTTP/1.1", *[f"{name}: {value}" for name, value in headers.items()]]
+    if content is not None or method not in BODILESS:
+        lines.append(f"content-length: {len(content or b'')}")
+    head = "\r\n".join(lines)
+    if head.count("\n") + head.count("\r") + head.count("\0") != 2 * len(lines) - 2:
         raise httpx.LocalProtocolError("a header has an illegal character")
-    return b"%b\r\n\r\n%b" % (head, content or b"")
+    return b"%b\r\n\r\n%b" % (head.encode("latin-1"), content or b"")
 
 
 def _parsed(head: bytes) -> tuple[int, int, str, dict[str, str]]:
     """Take a head apart: the minor version of its protocol, status, reason, headers."""
     first, *lines = _LINE_END.split(_FOLD.sub(b" ", head))
     if not (start := _STATUS.fullmatch(first)):
-        _refuse(f"the answer begins with {first[:50]!r}")
+        _refuse(f"the answer begins with {first!r}")
     headers: dict[str, str] = {}
     for line in lines:
         raw, colon, value = line.partition(b":")
         if not colon or not _NAME.fullmatch(raw) or b"\r" in value or b"\0" in value:
-            _refuse(f"header {line[:50]!r}")
+            _refuse(f"header {line!r}")
         name, text = raw.lower().decode("ascii"), value.strip(b" \t").decode("latin-1")
         headers[name] = f"{headers[name]}, {text}" if name in headers else text
     return int(start[1]), int(start[2]), (start[3] or b"").decode("ascii", "ignore"), headers

@@ -183,7 +183,7 @@ def _records(home: Path, problems: list[tuple[Path, str]]) -> Iterator[HostRun]:
             continue  # its worker has just removed it
         except OSError as error:
             problems.append((path, error.strerror or str(error)))
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             problems.append((path, str(error)))
         else:
             yield HostRun(path, data, _root(data))

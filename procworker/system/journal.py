@@ -38,8 +38,8 @@ except ImportError:  # Windows: nothing is taken over there
 NEW = ".new-"
 """Begins the name of a directory that has no record yet."""
 STALE_SECONDS = 3600.0
-LINES = 50
-"""How many changes are added to a record before it is written as a whole again; a run needs three."""
+ROOM = 64 * 1024
+"""Bytes of changes that are added to a record before it is written as a whole again; a run needs less than 1,000."""
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class Page:
         self.stderr = path / "stderr"
         self.kept = True
         """Will it be found when we are dead?"""
-        self._lines_left = LINES if is_sound else 0
+        self._room = ROOM if is_sound else 0
         self._closed = closed
 
     @property
@@ -108,14 +108,14 @@ class Page:
             self.kept = False
 
     def _put_down(self, changes: JSON) -> None:
-        if self._lines_left:
-            self._lines_left -= 1
+        if self._room > 0:
             with suppress(OSError):
-                append_record(self.path, changes)
-                return
-        self._lines_left = 0  # half a line may have been written
+                self._room -= append_record(self.path, changes)
+                if self._room > 0:
+                    return
+        self._room = 0  # half a line may have been written
         write_record(self.path, self.data)
-        self._lines_left = LINES
+        self._room = ROOM
 
     def remove(self) -> None:
         """The run is over and reported."""
@@ -292,7 +292,7 @@ class Journal:
                 data = read_record(path)
             except FileNotFoundError:
                 continue  # its worker has just removed it
-            except (OSError, ValueError, RecursionError) as error:
+            except (OSError, ValueError) as error:
                 self._complain(path.name, "%s is left alone: %s", path, error)
             else:
                 if data["owner"] != self.owner:

@@ -60,10 +60,10 @@ def _joined(text: bytes) -> JSON:
     for line in text.splitlines(keepends=True):
         try:
             part = json.loads(line)
-        except (ValueError, RecursionError):
+        except (ValueError, RecursionError) as error:
             if data and not line.endswith(b"\n"):  # its worker was about to write it
                 break
-            raise
+            raise ValueError(f"its run.json is no JSON: {error}") from error
         if not isinstance(part, dict):
             raise ValueError("its run.json is no record")
         data |= part
@@ -71,20 +71,21 @@ def _joined(text: bytes) -> JSON:
 
 
 def write_record(path: Path, data: JSON) -> None:
-    """Replace the record as a whole; after a power cut an older one may stand there."""
+    """Replace the record as a whole; after a power cut an older one may stand there, or none."""
     new = path / "run.json.new"
     new.unlink(missing_ok=True)
     append_record(path, data, new=True, name=new.name)
     new.replace(path / "run.json")
 
 
-def append_record(path: Path, changes: JSON, *, new: bool = False, name: str = "run.json") -> None:
-    """Add a line to a record, or begin a new one; OSError when that was not possible as a whole."""
+def append_record(path: Path, changes: JSON, *, new: bool = False, name: str = "run.json") -> int:
+    """Add a line to a record, or begin a new one; return its size. OSError when that was not possible as a whole."""
     line = json.dumps(changes).encode() + b"\n"
     flags = os.O_CREAT | os.O_EXCL if new else os.O_APPEND
     descriptor = os.open(path / name, os.O_WRONLY | NO_LINK | flags, 0o600)
     try:
         if os.write(descriptor, line) < len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return len(line)
     finally:
         os.close(descriptor)

@@ -66,8 +66,8 @@ class Engine:
                         process.kill()
 
     async def hear(self, text: str) -> None:
-        """Wait until it has said this."""
-        while text not in self.said:
+        """Wait until it has said a line that ends so: in its middle a signal would break it off."""
+        while f"{text}\n" not in self.said:
             self.said += await self._stdout.receive()
 
     async def end(self) -> tuple[str, int]:
@@ -100,7 +100,7 @@ async def test_a_sigterm_alone_is_none() -> None:
     async with Control() as control:
         session = control.session()
         async with Engine.running(session) as engine:
-            await engine.hear("negotiated: True")
+            await engine.hear("negotiated: True, with receipts: False")
             assert session.connected
             last, code = await engine.end()
             assert "intent" not in last

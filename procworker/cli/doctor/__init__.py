@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 
+LONGEST_TEXT = 4000
 TYPE_CHECKING = False  # see procworker/__init__.py
 if TYPE_CHECKING:
     from procworker.cli.doctor.check_python import Flows
@@ -155,4 +156,4 @@ def _masked(settings: Settings | None, finding: Finding) -> Finding:
     from procworker.redaction import Mask, secrets_in
 
     mask = Mask(secrets_in(os.environ) | (settings.secrets() if settings else frozenset()))
-    return Finding(finding.status, mask(finding.what), mask(finding.text), mask(finding.fix))
+    return Finding(finding.status, mask(finding.what), mask(finding.text)[:LONGEST_TEXT], mask(finding.fix))

@@ -138,7 +138,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def _record(path: Path) -> dict[str, Any] | None:
-    with suppress(OSError, ValueError, RecursionError):
+    with suppress(OSError, ValueError):
         if not path.name.startswith("."):
             return read_record(path)
     return None
