@@ -284,6 +284,40 @@ async def test_no_error_shows_a_secret(server: PrefectApi) -> None:
     assert not any(secret in str(caught.value) for secret in ("bWU6", "password", "hush-hush"))
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "HTTP/1.1 400 no {0}\nContent-Length: 0",
+        "HTTP/1.1 400 Bad\nLocation: /?p={0}\nContent-Length: 0",
+        "HTTP/1.1 400 Bad\nContent-Length: 22\n\n{{{0}             ",
+        "{0}",
+        'HTTP/1.1 200 OK\n"quoted" {0}',
+    ],
+)
+@pytest.mark.parametrize("secret", ["p\u00e4ssw\u00f6rd", "it's secret"])
+async def test_a_secret_of_other_letters_is_none_the_less_one(answer: str, secret: str) -> None:
+    handler = answering(f"{answer.format(secret)}\nConnection: close\n\n")
+    async with raw_server(handler) as url, talking(url, api_auth_string=f"me:{secret}") as http:
+        with pytest.raises(ApiError, match=r"\*\*\*") as caught:
+            await http.request("GET", "/flows/", retries=0)
+    assert not any(part in str(caught.value) for part in (secret[2:], "ssw", "secret"))
+
+
+async def test_what_the_api_says_in_confidence_is_in_no_error(server: PrefectApi) -> None:
+    server.fault("GET", "/csrf-token", body='{"token": "hush", "expiration": "2026-11-30T00:00:00"}')
+    async with talking(server.url) as http:
+        with pytest.raises(Unreachable, match=r"expiration: Input should have timezone info$"):
+            await http.request("POST", "/flows/", json={"name": "x"}, retries=0)
+
+
+async def test_no_error_is_longer_than_a_few_lines() -> None:
+    answer = f"HTTP/1.1 400 {'x' * 60_000}\nContent-Length: 1000\nConnection: close\n\n{'y' * 1000}"
+    async with raw_server(answering(answer)) as url, talking(url) as http:
+        with pytest.raises(ApiError) as caught:
+            await http.request("GET", "/flows/", retries=0)
+    assert len(str(caught.value)) < 1000
+
+
 @pytest.mark.parametrize("before", range(10))
 async def test_nor_does_an_error_show_a_part_of_one(before: int) -> None:
     secret = "abcdefghijklmnopqrstuvwxyz"
@@ -488,6 +522,33 @@ async def twice_packed(stream: ByteStream) -> None:
     await stream.send(body)
 
 
+@pytest.mark.parametrize("encoding", ["br", "zstd", "gzip, gzip", "gzip,identity"])
+@pytest.mark.parametrize("moved", [False, True])
+async def test_an_encoding_that_nobody_asked_for_is_refused(encoding: str, moved: bool) -> None:
+    async def handle(stream: ByteStream) -> None:
+        if moved and b"/there" not in await stream.receive():
+            await stream.send(b"HTTP/1.1 307 Moved\r\nLocation: /there\r\nContent-Length: 0\r\n\r\n")
+        else:
+            head = f"HTTP/1.1 200 OK\r\nContent-Encoding: {encoding}\r\nContent-Length: 2\r\n\r\n[]"
+            await stream.send(head.encode())
+
+    async with raw_server(handle, unread=moved) as url, talking(url) as http:
+        with pytest.raises(Unreachable, match=f"nobody asked for content encoding {encoding}"):
+            await http.request("GET", "/flows/", retries=0)
+
+
+async def test_a_length_that_is_no_number_for_python_is_too_much_as_well() -> None:
+    async def handle(stream: ByteStream) -> None:
+        head = (
+            f"HTTP/1.1 303 Other\r\nLocation: /\r\nTransfer-Encoding: chunked\r\nContent-Length: {'9' * 5000}\r\n\r\n"
+        )
+        await stream.send(f"{head}0\r\n\r\n".encode())
+
+    async with raw_server(handle) as url, talking(url, client_csrf_support_enabled="false") as http:
+        with pytest.raises(Unreachable, match="the body is larger than 64 MiB"):
+            await http.request("POST", "/flows/", json={}, retries=0)
+
+
 @pytest.mark.parametrize("way", ["/flows/", "/moved"])
 async def test_a_body_that_is_encoded_twice_is_not_unpacked(way: str) -> None:
     async def handle(stream: ByteStream) -> None:
@@ -497,7 +558,7 @@ async def test_a_body_that_is_encoded_twice_is_not_unpacked(way: str) -> None:
             await twice_packed(stream)
 
     async with raw_server(handle, unread=True) as url, talking(url) as http:
-        with pytest.raises(Unreachable, match="the body is encoded more than once"):
+        with pytest.raises(Unreachable, match="nobody asked for content encoding gzip, gzip"):
             await http.request("GET", way, retries=0)
 
 
@@ -536,13 +597,25 @@ async def test_a_body_over_64_mib_is_not_read_and_not_asked_for_again(handler: H
 # Where it goes
 
 
-async def test_a_redirect_to_another_host_carries_no_credentials(server: PrefectApi) -> None:
-    other = server.url.replace("127.0.0.1", "localhost")
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])
+async def test_a_redirect_to_another_origin_carries_no_credentials(server: PrefectApi, host: str) -> None:
+    other = server.url.replace("127.0.0.1", host)
     away = f"HTTP/1.1 307 Moved\nLocation: {other}/health\nContent-Length: 0\nConnection: close\n\n"
-    custom = '{"X-Access": "token-1", "Authorization": "mine"}'
+    custom = '{"X-Access": "token-1", "Authorization": "mine", "Host": "elsewhere"}'
     async with raw_server(answering(away)) as url, talking(url, client_custom_headers=custom) as http:
         assert await http.request("GET", "/health") is True
     assert not {"authorization", "x-access"} & server.requests[0].headers.keys()
+    assert server.requests[0].headers["host"] in other
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "gzip, gzip", "br"])
+async def test_the_body_of_a_redirect_is_not_unpacked(server: PrefectApi, encoding: str) -> None:
+    async def handle(stream: ByteStream) -> None:
+        head = f"307 Moved\r\nLocation: {server.url}/health\r\nContent-Encoding: {encoding}\r\nContent-Length: 5"
+        await stream.send(f"HTTP/1.1 {head}\r\n\r\nplain".encode())
+
+    async with raw_server(handle) as url, talking(url) as http:
+        assert await http.request("GET", "/health", retries=0) is True
 
 
 async def test_a_redirect_to_another_host_carries_no_csrf_token(server: PrefectApi) -> None:
@@ -772,6 +845,16 @@ async def test_a_token_that_the_server_forgot_is_replaced_even_where_no_retry_is
     assert [request.status for request in guarded.seen("POST")] == [201, 403, 200]
 
 
+async def test_of_those_who_are_refused_together_one_fetches_a_new_token(guarded: PrefectApi) -> None:
+    async with talking(guarded.url) as http:
+        await create(http)
+        guarded.csrf_tokens.clear()
+        async with anyio.create_task_group() as tasks:
+            for _ in range(5):
+                tasks.start_soon(create, http)
+    assert len(guarded.seen("GET", "/csrf-token")) == 2
+
+
 async def test_an_expired_token_is_not_used(guarded: PrefectApi) -> None:
     past = (datetime.now(timezone.utc) - timedelta(seconds=1)).isoformat()
     guarded.fault("GET", "/csrf-token", body=f'{{"token": "old", "expiration": "{past}"}}')
@@ -821,6 +904,17 @@ async def test_cloud_is_never_asked_for_a_token_nor_is_anybody_where_that_is_off
     async with talking(server.url, **values) as http:
         await create(http)
     assert not server.seen("GET", "/csrf-token")
+
+
+@pytest.mark.parametrize("date", ["Mon, 01 Jan 99999999999 00:00:00 GMT", "?", ""])
+async def test_a_date_that_is_none_tells_nothing_of_the_clock(server: PrefectApi, date: str) -> None:
+    async with talking(server.url) as http:
+        server.fault("GET", status=200, body="true", headers={"Date": date})
+        await http.request("GET", "/health")
+        assert http.clock_offset is None
+        server.fault("GET", status=200, body="true", headers={"Date": format_datetime(datetime.now(timezone.utc))})
+        await http.request("GET", "/health")
+        assert -2 < (http.clock_offset or -9) < 2
 
 
 async def test_constructing_does_nothing() -> None:

@@ -94,11 +94,12 @@ def test_a_reader_never_sees_half_a_record(journal: Journal) -> None:
     reader = threading.Thread(target=read)
     reader.start()
     try:
-        while len(reads) < 50:
+        while len(reads) < 50 and reader.is_alive():
             page.write(number=len(reads))
     finally:
         ended.set()
         reader.join()
+    assert len(reads) >= 50
 
 
 @pytest.mark.parametrize("half", [b'{"phase": "ended"', b'{"phase": "en', b'{"name": "\xc3', b"\0" * 100])
@@ -146,6 +147,30 @@ def test_a_record_does_not_grow_for_ever(journal: Journal) -> None:
 
     assert ROOM < largest < whole + ROOM + 200
     assert read_record(page.path)["number"] == 1999
+
+
+def test_a_record_that_would_be_too_large_to_be_read_stays_as_it_was(
+    journal: Journal, caplog: pytest.LogCaptureFixture
+) -> None:
+    page = open_page(journal)
+    page.write(text="x" * LARGEST)
+
+    assert "text" not in read_record(page.path)
+    assert not page.kept
+    assert "File too large" in caplog.text
+    page.write(text="short")
+    assert read_record(page.path)["text"] == "short"
+    assert page.kept
+
+
+def test_text_of_any_language_and_of_none_is_kept(journal: Journal) -> None:
+    page, text = open_page(journal), "\N{SNOWMAN}\udce9\x00\r\n\u2028\N{PARTY POPPER}"
+    page.write(text=text)
+
+    assert read_record(page.path)["text"] == text
+    page.write(tail=["\N{PARTY POPPER}" * 2000] * 20, again=["\N{PARTY POPPER}" * 2000] * 20)
+    assert len(read_record(page.path)["again"]) == 20
+    assert page.kept
 
 
 def test_a_record_grows_by_what_is_new_alone(journal: Journal) -> None:

@@ -35,6 +35,8 @@ ANSWERS = {
     "bare line ends": b"HTTP/1.1 200 OK\nContent-Length: 2\n\nhi",
     "a folded header": OK + b"X-Long: one\r\n  two\r\nContent-Length: 2\r\n\r\nhi",
     "blanks about a value": OK + b"X-Wide: \t wide \t\r\nContent-Length:2\r\n\r\nhi",
+    "a header in UTF-8": OK + "X-Name: caf\u00e9 \u2603\r\nContent-Length: 2\r\n\r\nhi".encode(),
+    "a header in Latin-1": OK + "X-Name: caf\u00e9\r\nContent-Length: 2\r\n\r\nhi".encode("latin-1"),
     "two headers of a name": OK + b"Set-Cookie: a=1\r\nSet-Cookie: b=2\r\nContent-Length: 2\r\n\r\nhi",
     "an interim answer": b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + WHOLE,
     "continue": b"HTTP/1.1 100 Continue\r\n\r\n" + WHOLE,
@@ -136,7 +138,8 @@ class Ours(httpx.AsyncBaseTransport):
         seconds = request.extensions["timeout"]["read"]
         answer = await self.plain.ask(request.method, target, headers, content, seconds, LARGEST)
         reason, stream = {"reason_phrase": answer.reason.encode()}, httpx.ByteStream(answer.body)
-        return httpx.Response(answer.status, headers=dict(answer.headers), stream=stream, extensions=reason)
+        headers = {name.encode(): value.encode() for name, value in answer.headers.items()}
+        return httpx.Response(answer.status, headers=headers, stream=stream, extensions=reason)
 
     async def aclose(self) -> None:
         if self.plain is not None:
@@ -268,6 +271,7 @@ async def test_one_connection_serves_many_requests(name: str) -> None:
     [
         OK + b"Connection: close\r\nContent-Length: 2\r\n\r\nhi",
         b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nhi",
+        b"HTTP/1.0 200 OK\r\nConnection: keep-alive\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n",
         OK + b"Content-Length: 2\r\n\r\nhi and more",
         OK + b"Transfer-Encoding: chunked\r\nContent-Length: 2\r\n\r\n2\r\nhi\r\n0\r\n\r\n",
         OK + b"X-Fill: %b\r\nContent-Length: 2\r\n\r\nhi%b" % (b"x" * (65536 - 50), WHOLE),

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 BODY_LIMIT, DECODED_AT_ONCE = 64 * 1024 * 1024, 16 * 1024
+UNBOUNDED = re.compile(r",|\b(br|zstd)\b", re.I)
+"""Content encodings of which a few bytes may become any number; nobody asked for them."""
 REDIRECTS, HIGHEST_PORT = 5, 65535
 # httpx looks at each idle connection for every request: four are enough for the pace of flow runs.
 CONNECTIONS, IDLE_CONNECTIONS, IDLE_SECONDS = 16, 4, 25.0
@@ -37,6 +39,7 @@ LIMITS = httpx.Limits(
 OWN_HEADERS = {"user-agent": f"procworker/{__version__}", "x-prefect-api-version": "0.8.4"}
 CSRF_HEADERS = ("prefect-csrf-token", "prefect-csrf-client")
 RESERVED_HEADERS = {"user-agent", "content-length", "transfer-encoding", *CSRF_HEADERS}
+HARMLESS_HEADERS = {"host", "accept", "accept-encoding", "content-type"}
 HEADER_NAME = re.compile(TOKEN.decode())
 HEADER_VALUE = re.compile(r"([!-~]([ -~\t]*[!-~])?)?")
 
@@ -103,7 +106,7 @@ class Connection:
     ) -> Answer:
         """Ask, following redirects that keep the method; the first answer may be there already.
 
-        httpx keeps Authorization from other origins; other hosts must not see custom headers and CSRF tokens either.
+        httpx keeps Authorization from other origins; those must not see custom headers and CSRF tokens either.
         """
         if self._long_way is None:
             self._long_way = self._open()
@@ -121,8 +124,9 @@ class Connection:
                     return await _read(response)
             if (following.url.port or 0) > HIGHEST_PORT:
                 raise httpx.InvalidURL(f"redirected to port {following.url.port}")
-            if following.url.host != request.url.host:
-                for name in (*CSRF_HEADERS, *self._settings.client_custom_headers):
+            if not _is_as_trusted(following.url, request.url):
+                names = {name.lower() for name in self._settings.client_custom_headers}
+                for name in names.union(CSRF_HEADERS) - HARMLESS_HEADERS:
                     following.headers.pop(name, None)
             request = following
         raise httpx.TooManyRedirects("too many redirects")
@@ -132,7 +136,7 @@ class Connection:
         with _explained(settings):
             url = httpx.URL(settings.api_url or "")
             return httpx.AsyncClient(
-                headers=self.headers,
+                headers={"accept-encoding": "gzip, deflate", **self.headers},
                 timeout=self._seconds,
                 verify=_tls(settings, url.scheme),
                 limits=LIMITS,
@@ -154,9 +158,9 @@ def _explained(settings: Settings) -> Iterator[None]:
 async def _read(response: httpx.Response) -> Answer:
     """Read to the end, or until it is too much."""
     declared, body = response.headers.get("Content-Length", ""), bytearray()
-    if "," in response.headers.get("Content-Encoding", ""):  # each multiplies what a few bytes become
-        raise httpx.DecodingError("the body is encoded more than once")
-    if not (declared.isdecimal() and int(declared) > BODY_LIMIT):
+    if UNBOUNDED.search(encoding := response.headers.get("Content-Encoding", "")):
+        raise httpx.DecodingError(f"nobody asked for content encoding {encoding}")
+    if not (declared.isdecimal() and int(declared[:20]) > BODY_LIMIT):
         async for chunk in response.aiter_bytes():
             body += chunk
             if len(body) > BODY_LIMIT:
@@ -169,20 +173,27 @@ async def _read(response: httpx.Response) -> Answer:
 async def _as_of_httpx(answer: Answer, request: httpx.Request) -> httpx.Response:
     """Let httpx find out what may be asked for next, and with which headers."""
     reason = {"reason_phrase": answer.reason.encode()}
-    headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in answer.headers.items()]
-    given = httpx.Response(answer.status, headers=headers, content=answer.body, extensions=reason)
+    headers = [(name.encode(), value.encode()) for name, value in answer.headers.items()]
+    given = httpx.Response(answer.status, headers=headers, content=_pieces(answer.body), extensions=reason)
     async with httpx.AsyncClient(transport=httpx.MockTransport(lambda _: given)) as client:
         return await client.send(request, stream=True)
 
 
 async def _decoded(answer: Answer) -> Answer:
-    async def pieces() -> AsyncIterator[bytes]:
-        for start in range(0, len(answer.body), DECODED_AT_ONCE):
-            yield answer.body[start : start + DECODED_AT_ONCE]
-
-    headers = {"Content-Encoding": answer.headers["content-encoding"]}
-    decoded = await _read(httpx.Response(answer.status, headers=headers, content=pieces()))
+    headers = {b"Content-Encoding": answer.headers["content-encoding"].encode()}
+    decoded = await _read(httpx.Response(answer.status, headers=headers, content=_pieces(answer.body)))
     return answer._replace(body=decoded.body)
+
+
+async def _pieces(body: bytes) -> AsyncIterator[bytes]:
+    """What httpx gets bit by bit it also decodes bit by bit, when it is read."""
+    for start in range(0, len(body), DECODED_AT_ONCE):
+        yield body[start : start + DECODED_AT_ONCE]
+
+
+def _is_as_trusted(url: httpx.URL, former: httpx.URL) -> bool:
+    """Is this the same origin, or the same host with TLS from now on?"""
+    return (url.host, url.port) == (former.host, former.port) and url.scheme in (former.scheme, "https")
 
 
 def _headers(settings: Settings, given: Mapping[str, str]) -> dict[str, str]:

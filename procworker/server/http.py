@@ -96,7 +96,7 @@ class Http:
         text, at = self._dated
         try:
             return parsedate_to_datetime(text).timestamp() - at if text else None
-        except ValueError:
+        except (ValueError, TypeError, OverflowError):
             return None
 
     async def request(
@@ -158,9 +158,12 @@ class Http:
         route = f"{method} {path}"
         try:
             with anyio.fail_after(2 * self._settings.api_request_timeout):
-                answer = await ask(await self._csrf_proof(method))
+                proof = await self._csrf_proof(method)
+                answer = await ask(proof)
                 if answer.refuses_csrf_token() and self._may_need_csrf:
-                    self._needs_csrf, self._csrf = True, None
+                    self._needs_csrf = True
+                    if self._csrf and self._csrf.token in proof.values():  # else somebody was faster
+                        self._csrf = None
                     answer = await ask(await self._csrf_proof(method))
         except NO_ANSWER as error:
             raise self._silence(route, error) from error
@@ -216,13 +219,16 @@ class Http:
             text += f" to {self._mask(location)[:EXCERPT]}"
         if (good or answer.status == 404) and not self._connection.base.endswith("/api") and not answer.is_of_the_api():
             text += " (most PREFECT_API_URL end in /api)"
-        # Half a secret would not be known as one.
-        end, _ = self._mask.seam(answer.body[: 10 * EXCERPT + self._mask.longest], 10 * EXCERPT)
-        excerpt = self._line(answer.body[:end].decode(errors="replace"))[:EXCERPT]
-        failure = _kind(answer)(f"{self._line(text)}: {excerpt}".rstrip(": "), answer.status)
+        excerpt = self._excerpt(answer.body) if not (good and answer.is_json()) else ""
+        failure = _kind(answer)(f"{self._line(text)[:LONGEST_LINE]}: {excerpt}".rstrip(": "), answer.status)
         if good or answer.status in PASSING_CODES | self._settings.client_retry_extra_codes:
             raise _Passing(failure, answer.headers, once=good)
         raise failure
+
+    def _excerpt(self, body: bytes) -> str:
+        """The beginning of a body, not cut amid a secret: half of it would not be known as one."""
+        end, _ = self._mask.seam(body[: 10 * EXCERPT + self._mask.longest], 10 * EXCERPT)
+        return self._line(body[:end].decode(errors="replace"))[:EXCERPT]
 
     def _line(self, text: str) -> str:
         """Make one printable line without secrets."""

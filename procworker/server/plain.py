@@ -194,13 +194,14 @@ class _Connection:
             return
         if encoding is not None:
             if encoding.strip().lower() != "chunked":
-                _refuse(f"transfer encoding {encoding!r}")
+                _refuse(f"transfer encoding {encoding}")
             self._is_last = False
-            self._keeps_open = self._keeps_open and length is None  # RFC 9112, 6.3: somebody may be smuggling
+            # RFC 9112, 6.1 and 6.3: somebody may be smuggling.
+            self._keeps_open = self._keeps_open and length is None and minor >= 1
         elif length is not None:
             sizes = {size.strip() for size in length.split(",")}
             if len(sizes) > 1 or not re.fullmatch("[0-9]{1,18}", size := sizes.pop()):
-                _refuse(f"content length {length!r}")
+                _refuse(f"content length {length}")
             self._left = int(size)
         else:
             self._left, self._keeps_open = None, False
@@ -229,7 +230,7 @@ class _Connection:
         self._follows_chunk = True
         line = await self._until(_LINE_END)
         if not (size := _CHUNK.fullmatch(line)):
-            _refuse(f"chunk size {line!r}")
+            _refuse(f"chunk size {_text(line)}")
         self._left = int(size[1], 16)
         if self._left == 0:
             for _ in range(TRAILERS_LIMIT):
@@ -277,15 +278,23 @@ def _parsed(head: bytes) -> tuple[int, int, str, dict[str, str]]:
     """Take a head apart: the minor version of its protocol, status, reason, headers."""
     first, *lines = _LINE_END.split(_FOLD.sub(b" ", head))
     if not (start := _STATUS.fullmatch(first)):
-        _refuse(f"the answer begins with {first!r}")
+        _refuse(f"the answer begins with {_text(first)}")
     headers: dict[str, str] = {}
     for line in lines:
         raw, colon, value = line.partition(b":")
         if not colon or not _NAME.fullmatch(raw) or b"\r" in value or b"\0" in value:
-            _refuse(f"header {line!r}")
-        name, text = raw.lower().decode("ascii"), value.strip(b" \t").decode("latin-1")
+            _refuse(f"header {_text(line)}")
+        name, text = raw.lower().decode("ascii"), _text(value.strip(b" \t"))
         headers[name] = f"{headers[name]}, {text}" if name in headers else text
-    return int(start[1]), int(start[2]), (start[3] or b"").decode("ascii", "ignore"), headers
+    return int(start[1]), int(start[2]), _text(start[3] or b""), headers
+
+
+def _text(raw: bytes) -> str:
+    """Most say what is not ASCII in UTF-8; Latin-1 is the older rule."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return raw.decode("latin-1")
 
 
 def _refuse(what: str) -> NoReturn:

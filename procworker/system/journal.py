@@ -27,7 +27,7 @@ from uuid import UUID, uuid4
 
 import psutil
 
-from procworker.system.records import JSON, VERSION, append_record, read_record, read_told, write_record
+from procworker.system.records import JSON, VERSION, append_line, line_of, read_record, read_told, write_record
 from procworker.system.wishes import Wish, take_wish
 
 try:
@@ -39,7 +39,7 @@ NEW = ".new-"
 """Begins the name of a directory that has no record yet."""
 STALE_SECONDS = 3600.0
 ROOM = 64 * 1024
-"""Bytes of changes that are added to a record before it is written as a whole again; a run needs less than 1,000."""
+"""Bytes of changes that are added to a record before it is written as a whole again; most runs need some thousand."""
 
 logger = logging.getLogger(__name__)
 
@@ -72,15 +72,15 @@ def try_lock(descriptor: int) -> bool:
 class Page:
     """The directory of one run."""
 
-    def __init__(self, path: Path, data: JSON, closed: Callable[[Page], None], is_sound: bool = False) -> None:
-        """A record that is not sound, for all we know, is written as a whole before anything is added to it."""
+    def __init__(self, path: Path, data: JSON, closed: Callable[[Page], None], *, is_at_home: bool, room: int) -> None:
+        """A record with no room left is written as a whole before anything is added to it."""
         self.path = path
         self.data = data
         self.stdout = path / "stdout"
         self.stderr = path / "stderr"
-        self.kept = True
+        self.kept = self._is_at_home = is_at_home
         """Will it be found when we are dead?"""
-        self._room = ROOM if is_sound else 0
+        self._room = room
         self._closed = closed
 
     @property
@@ -101,6 +101,7 @@ class Page:
             changes["times"] = self.data["times"]
         try:
             self._put_down(changes)
+            self.kept = self._is_at_home
         except OSError as error:
             if self.kept:
                 text = "%s cannot be written: this run is not safe from our death (%s)"
@@ -108,11 +109,11 @@ class Page:
             self.kept = False
 
     def _put_down(self, changes: JSON) -> None:
-        if self._room > 0:
+        if len(line := line_of(changes)) <= self._room:
             with suppress(OSError):
-                self._room -= append_record(self.path, changes)
-                if self._room > 0:
-                    return
+                append_line(self.path, line)
+                self._room -= len(line)
+                return
         self._room = 0  # half a line may have been written
         write_record(self.path, self.data)
         self._room = ROOM
@@ -159,14 +160,14 @@ class Journal:
             path = self._home / "runs" / name
             new = path.with_name(NEW + name)
             _make_private(new)
-            append_record(new, data, new=True)
+            append_line(new, line_of(data), new=True)
             new.rename(path)
         except OSError as error:
             self._complain("home", "%s cannot be written, runs are not safe from our death: %s", self._home, error)
             path, kept = Path(tempfile.mkdtemp(prefix="procworker-run-")) / name, False
             path.mkdir(mode=0o700)
-        page = self._pages[str(flow_run_id)] = Page(path, data, self._forget, is_sound=kept)
-        page.kept = kept
+        page = Page(path, data, self._forget, is_at_home=kept, room=ROOM if kept else 0)
+        self._pages[str(flow_run_id)] = page
         return page
 
     def has(self, flow_run_id: UUID) -> bool:
@@ -306,7 +307,7 @@ class Journal:
             if data["owner"] != owner or data["flow_run_id"] in self._pages or self._is_in_other_container(path, data):
                 return None
             self._hold()
-            page = Page(path, data, self._forget)
+            page = Page(path, data, self._forget, is_at_home=True, room=0)
             page.write(owner=self.owner)
             if read_record(path)["owner"] != self.owner:  # it could not be written
                 return None

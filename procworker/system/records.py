@@ -74,18 +74,23 @@ def write_record(path: Path, data: JSON) -> None:
     """Replace the record as a whole; after a power cut an older one may stand there, or none."""
     new = path / "run.json.new"
     new.unlink(missing_ok=True)
-    append_record(path, data, new=True, name=new.name)
+    if len(line := line_of(data)) > LARGEST:  # nobody would read it
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+    append_line(path, line, new=True, name=new.name)
     new.replace(path / "run.json")
 
 
-def append_record(path: Path, changes: JSON, *, new: bool = False, name: str = "run.json") -> int:
-    """Add a line to a record, or begin a new one; return its size. OSError when that was not possible as a whole."""
-    line = json.dumps(changes).encode() + b"\n"
+def line_of(data: JSON) -> bytes:
+    """The line of a record that says so much; UTF-8, for other languages take six times as much in ASCII."""
+    return json.dumps(data, ensure_ascii=False).encode(errors="surrogatepass") + b"\n"
+
+
+def append_line(path: Path, line: bytes, *, new: bool = False, name: str = "run.json") -> None:
+    """Add a line to a record, or begin a new one; OSError when that was not possible as a whole."""
     flags = os.O_CREAT | os.O_EXCL if new else os.O_APPEND
     descriptor = os.open(path / name, os.O_WRONLY | NO_LINK | flags, 0o600)
     try:
         if os.write(descriptor, line) < len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return len(line)
     finally:
         os.close(descriptor)
