@@ -10,8 +10,8 @@ SIZES: dict[str, dict[str, float]] = {
     "cancel": {"runs": 3},
     "cold": {"runs": 3},
     "warm": {"runs": 3},
-    "latency": {"rounds": 2},
-    "throughput": {"rounds": 1},
+    "latency": {"rounds": 3},
+    "throughput": {"rounds": 2},
     "overhead": {"runs": 60},
     "footprint": {"seconds": 20.0},
 }
