@@ -22,8 +22,9 @@ PATIENCE_SECONDS, LINGER_SECONDS = 2.0, 30.0
 """How long a run that has ended waits for a sink that takes nothing, and in all for one that is slow."""
 SLICE_SECONDS = 0.002
 RETRY_SECONDS = 0.001
-GATHER_SECONDS, LEAST_SECONDS = 0.01, 0.002
-"""From one look to the next, and at least, however quickly something is written."""
+GATHER_SECONDS, FIRST_SECONDS, LEAST_SECONDS = 0.01, 0.005, 0.002
+"""From one look to the next; from the first write after a silence to the look at it; and at least, however quickly
+something is written."""
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ class Follower:
         self._room = CAP if cap is None else cap
         self._retry = RETRY_SECONDS
         self._looked, self._sizes = 0.0, [0, 0]
+        self._is_quiet = True
         self._taken = self._ended_at = 0.0
         self._ended = anyio.Event()
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
@@ -136,7 +138,8 @@ class Follower:
         pause = self._pause()
         if self._watch.is_on and not ended and (self._watch.is_told or pause == POLL_SECONDS):
             await self._watch.news(self)
-            pause = min(pause, GATHER_SECONDS)
+            self._looked = time.monotonic()  # nothing was written before
+            pause = min(pause, FIRST_SECONDS if self._is_quiet else GATHER_SECONDS)
         with anyio.move_on_after(pause):
             await (anyio.sleep_forever() if ended else self._ended.wait())
 
@@ -180,6 +183,7 @@ class Follower:
         now, sizes = time.monotonic(), [stream.spool.size for stream in self._streams]
         growth = max(map(int.__sub__, sizes, self._sizes))
         elapsed, self._looked, self._sizes = now - self._looked, now, sizes
-        if growth <= 0:
+        self._is_quiet = growth <= 0
+        if self._is_quiet:
             return POLL_SECONDS
         return min(POLL_SECONDS, max(LEAST_SECONDS, elapsed * self._room / 8 / growth))

@@ -20,8 +20,8 @@ CAP = 64 * 1024 * 1024
 CHUNK = 64 * 1024
 LINE_LIMIT = 64 * 1024
 """Bytes after which a line without an end is cut and goes on as the next one."""
-MEASURE_SECONDS = 0.005
-LOOK_SECONDS = 0.01
+MEASURE_SECONDS = 0.002
+LOOK_SECONDS = 0.007
 """From one measure of how quickly a file grows to the next, and from one look to the next: at least."""
 
 _PAGE = 4096
