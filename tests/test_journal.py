@@ -17,8 +17,8 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from procworker.system.journal import NEW, ROOM, STALE_SECONDS, Journal, Page, here, try_lock
-from procworker.system.records import LARGEST, read_record
+from procworker.system.journal import NEW, STALE_SECONDS, Journal, Page, here, try_lock
+from procworker.system.records import LARGEST, ROOM, read_record
 
 API, POOL = "http://127.0.0.1:4200/api", "pool"
 
@@ -153,13 +153,28 @@ def test_a_record_that_would_be_too_large_to_be_read_stays_as_it_was(
     journal: Journal, caplog: pytest.LogCaptureFixture
 ) -> None:
     page = open_page(journal)
-    page.write(text="x" * LARGEST)
+    page.write(text="x" * (LARGEST - ROOM))
 
     assert "text" not in read_record(page.path)
     assert not page.kept
     assert "File too large" in caplog.text
     page.write(text="short")
     assert read_record(page.path)["text"] == "short"
+    assert page.kept
+
+
+def test_what_begins_too_large_to_be_read_is_no_record(home: Path, journal: Journal) -> None:
+    page = open_page(journal, text="x" * LARGEST)
+
+    assert not page.kept
+    assert list((home / "runs").glob("[!.]*")) == []
+
+
+def test_a_record_of_the_largest_size_can_be_read_with_all_that_is_added(journal: Journal) -> None:
+    page = open_page(journal, text="x" * (LARGEST - ROOM - 1000))
+    for number in range(200):
+        page.write(more="y" * 400, number=number)
+        assert read_record(page.path)["number"] == number
     assert page.kept
 
 

@@ -66,6 +66,8 @@ BROKEN = {
     "a header without a name": OK + b": x\r\n\r\n",
     "two lengths": OK + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\nhi!",
     "a length below zero": OK + b"Content-Length: -1\r\n\r\n",
+    "a length with a blank of Unicode's": OK + "Content-Length: \u00a02\r\n\r\nhi".encode(),
+    "a transfer encoding with a letter of Unicode's": OK + "Transfer-Encoding: chun\u212aed\r\n\r\n0\r\n\r\n".encode(),
     "a transfer encoding that nobody knows": OK + b"Transfer-Encoding: rot13\r\n\r\nuv",
     "too many trailers": CHUNKED + b"0\r\n" + 200 * b"X-More: 1\r\n" + b"\r\n",
     "another protocol from here on": b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n" + WHOLE,

@@ -24,9 +24,9 @@ class Answer(NamedTuple):
         """Prefect explains its refusals in JSON; anything else speaks for a proxy, which knows nothing of runs."""
         return self.body.lstrip().startswith(b"{")
 
-    def is_json(self) -> bool:
-        """Does it look like an object or a list, which may hold what nobody else shall see?"""
-        return self.body.lstrip().startswith((b"{", b"["))
+    def is_a_page(self) -> bool:
+        """Is it somebody's HTML? What else a good answer holds may not be for others to see."""
+        return self.body.lstrip().startswith(b"<")
 
     def refuses_csrf_token(self) -> bool:
         return self.status == 403 and b"CSRF token" in self.body

@@ -106,7 +106,8 @@ class Connection:
     ) -> Answer:
         """Ask, following redirects that keep the method; the first answer may be there already.
 
-        httpx keeps Authorization from other origins; those must not see custom headers and CSRF tokens either.
+        httpx keeps Authorization from other origins; those must not see custom headers either. A CSRF token goes along,
+        for it was fetched on the same way.
         """
         if self._long_way is None:
             self._long_way = self._open()
@@ -126,7 +127,7 @@ class Connection:
                 raise httpx.InvalidURL(f"redirected to port {following.url.port}")
             if not _is_as_trusted(following.url, request.url):
                 names = {name.lower() for name in self._settings.client_custom_headers}
-                for name in names.union(CSRF_HEADERS) - HARMLESS_HEADERS:
+                for name in names - HARMLESS_HEADERS:
                     following.headers.pop(name, None)
             request = following
         raise httpx.TooManyRedirects("too many redirects")

@@ -96,7 +96,7 @@ class Http:
         text, at = self._dated
         try:
             return parsedate_to_datetime(text).timestamp() - at if text else None
-        except (ValueError, TypeError, OverflowError):
+        except (ValueError, TypeError, OverflowError, OSError):
             return None
 
     async def request(
@@ -209,18 +209,18 @@ class Http:
     def _read(self, route: str, answer: Answer, parse: Parse) -> Any:
         """Return the parsed body of a good answer; raise what any other answer means."""
         good = 200 <= answer.status < 300
-        text = f"{route}: {answer.status} {answer.reason}".rstrip()
+        text = f"{route}: {answer.status} {self._line(answer.reason)[:EXCERPT]}".rstrip()
         if good:
             try:
                 return parse(answer.body)
             except (ValueError, RecursionError) as error:
-                text += f", but the body is no use: {_complaint(error)}"
+                text += f", but the body is no use: {_complaint(error)[:EXCERPT]}"
         elif location := answer.headers.get("location"):
             text += f" to {self._mask(location)[:EXCERPT]}"
         if (good or answer.status == 404) and not self._connection.base.endswith("/api") and not answer.is_of_the_api():
             text += " (most PREFECT_API_URL end in /api)"
-        excerpt = self._excerpt(answer.body) if not (good and answer.is_json()) else ""
-        failure = _kind(answer)(f"{self._line(text)[:LONGEST_LINE]}: {excerpt}".rstrip(": "), answer.status)
+        excerpt = self._excerpt(answer.body) if not good or answer.is_a_page() else ""
+        failure = _kind(answer)(f"{self._line(text)}: {excerpt}".rstrip(": "), answer.status)
         if good or answer.status in PASSING_CODES | self._settings.client_retry_extra_codes:
             raise _Passing(failure, answer.headers, once=good)
         raise failure

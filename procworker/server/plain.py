@@ -193,13 +193,13 @@ class _Connection:
         if bodiless:
             return
         if encoding is not None:
-            if encoding.strip().lower() != "chunked":
+            if not encoding.isascii() or encoding.strip().lower() != "chunked":
                 _refuse(f"transfer encoding {encoding}")
             self._is_last = False
             # RFC 9112, 6.1 and 6.3: somebody may be smuggling.
             self._keeps_open = self._keeps_open and length is None and minor >= 1
         elif length is not None:
-            sizes = {size.strip() for size in length.split(",")}
+            sizes = {size.strip(" \t") for size in length.split(",")}
             if len(sizes) > 1 or not re.fullmatch("[0-9]{1,18}", size := sizes.pop()):
                 _refuse(f"content length {length}")
             self._left = int(size)

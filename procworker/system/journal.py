@@ -27,7 +27,7 @@ from uuid import UUID, uuid4
 
 import psutil
 
-from procworker.system.records import JSON, VERSION, append_line, line_of, read_record, read_told, write_record
+from procworker.system.records import JSON, ROOM, VERSION, append_line, line_of, read_record, read_told, write_record
 from procworker.system.wishes import Wish, take_wish
 
 try:
@@ -38,8 +38,6 @@ except ImportError:  # Windows: nothing is taken over there
 NEW = ".new-"
 """Begins the name of a directory that has no record yet."""
 STALE_SECONDS = 3600.0
-ROOM = 64 * 1024
-"""Bytes of changes that are added to a record before it is written as a whole again; most runs need some thousand."""
 
 logger = logging.getLogger(__name__)
 

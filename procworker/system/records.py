@@ -14,7 +14,8 @@ from procworker.system.wishes import NO_LINK
 JSON = dict[str, Any]
 
 VERSION = 1
-LARGEST = 1024 * 1024
+LARGEST, ROOM = 1024 * 1024, 64 * 1024
+"""Bytes of a record that is still read, and of changes that are added before it is written as a whole again."""
 
 
 def read_record(path: Path) -> JSON:
@@ -74,15 +75,16 @@ def write_record(path: Path, data: JSON) -> None:
     """Replace the record as a whole; after a power cut an older one may stand there, or none."""
     new = path / "run.json.new"
     new.unlink(missing_ok=True)
-    if len(line := line_of(data)) > LARGEST:  # nobody would read it
-        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
-    append_line(path, line, new=True, name=new.name)
+    append_line(path, line_of(data), new=True, name=new.name)
     new.replace(path / "run.json")
 
 
 def line_of(data: JSON) -> bytes:
-    """The line of a record that says so much; UTF-8, for other languages take six times as much in ASCII."""
-    return json.dumps(data, ensure_ascii=False).encode(errors="surrogatepass") + b"\n"
+    """The line of a record that says so much; OSError where nobody would read a record with such a line."""
+    line = json.dumps(data, ensure_ascii=False).encode(errors="surrogatepass") + b"\n"
+    if len(line) > LARGEST - ROOM:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+    return line
 
 
 def append_line(path: Path, line: bytes, *, new: bool = False, name: str = "run.json") -> None:

@@ -114,7 +114,7 @@ def _ahead(answer: Answer, now: float) -> float | None:
     """Compare a time of ours with the server's Date header, which is cut to whole seconds."""
     try:
         return now - parsedate_to_datetime(answer.headers["date"]).timestamp() - 0.5
-    except (KeyError, ValueError, TypeError, OverflowError):
+    except (KeyError, ValueError, TypeError, OverflowError, OSError):
         return None
 
 
