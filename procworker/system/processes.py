@@ -23,6 +23,8 @@ COOKIE = "PROCWORKER_RUN"
 _DEAD = {b"Z", b"X"}
 _MARK = f"\0{COOKIE}=".encode()
 _PIECE = 16 * 1024
+EXEC_LOOKS, EXEC_SECONDS = 20, 0.0005
+"""How often to look again at a process amid an exec, whose environment is not there for a moment, and how soon."""
 _elders: dict[int, tuple[int, float]] = {}
 """By pid, inode and start time of those that the last scan passed over: most of a host is older than any run. Linux
 gives every process an inode of its own in /proc, also one with a pid that was used before."""
@@ -159,11 +161,27 @@ def mark(pid: int) -> str | None:
             return psutil.Process(pid).environ().get(COOKIE)
         except (psutil.Error, OSError):
             return None
-    environ = b"\0" + (_read(f"/proc/{pid}/environ") or b"")
+    looks, place = EXEC_LOOKS, f"/proc/{pid}/environ"
+    while not (environ := _read(place) or b"") and looks > 0:
+        if _is_amid_exec(pid):
+            time.sleep(EXEC_SECONDS)
+            looks -= 1
+        else:
+            looks = 0  # it may have come since it was read
+    environ = b"\0" + environ
     start = environ.find(_MARK)
     if start < 0:
         return None
     return environ[start + len(_MARK) :].partition(b"\0")[0].decode("utf-8", "replace")
+
+
+def _is_amid_exec(pid: int) -> bool:
+    """Has it memory (a kernel thread has none), but no place there for an environment yet, not even an empty one?"""
+    if (stat := _read(f"/proc/{pid}/stat")) is None:
+        return False
+    fields = stat[stat.rfind(b")") + 2 :].split()  # the third and those after it, see proc(5)
+    memory, environ_start = fields[23 - 3], fields[50 - 3 : 51 - 3]
+    return memory != b"0" and environ_start == [b"0"]
 
 
 def find_root(cookie: str) -> Process | None:
