@@ -21,7 +21,7 @@ from procworker.testing import serving
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
-RUNS = int(os.environ.get("PROCWORKER_TEST_SOAK", "200"))
+RUNS = int(os.environ.get("PROCWORKER_TEST_SOAK", "800"))
 WARM_UP, CACHES = 0.2, 60
 """The part of the runs, and the least number of them, after which bounded caches and free lists are full."""
 EVERY = 5

@@ -13,6 +13,7 @@ from uuid import UUID
 
 import anyio
 import httpx
+import psutil
 import pytest
 from anyio.streams.buffered import BufferedByteReceiveStream
 from commands import TEMPLATE, fake_prefect
@@ -203,6 +204,14 @@ def test_what_takes_too_long_is_ended(api: Beside, no_survivors: Callable[[str],
     assert api.wait_state(id, "CRASHED").message
 
 
+def wait_gone(api: Beside, id: UUID) -> None:
+    """Wait until the run's process was there and has ended."""
+    deadline = time.monotonic() + 20
+    while not (pid := api.run(id).infrastructure_pid) or psutil.pid_exists(int(pid.rpartition(":")[2])):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_a_worker_works_for_the_length_of_a_block(api: Beside, no_survivors: Callable[[str], None]) -> None:
     worker = WorkerBeside(api)
     with worker.working():
@@ -214,6 +223,7 @@ def test_a_worker_works_for_the_length_of_a_block(api: Beside, no_survivors: Cal
             time.sleep(0.2)
         late = api.schedule()
         api.wait_state(late, "COMPLETED")
+        wait_gone(api, late)  # else it would be ended with the worker, amid its last words
     assert api.run(slow).state.type == "CRASHED"
     assert [api.run(id).state.type for id in (quick, late)] == ["COMPLETED"] * 2
 
