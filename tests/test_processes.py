@@ -59,6 +59,14 @@ def test_what_has_no_environment_is_not_waited_for(monkeypatch: pytest.MonkeyPat
     assert read == ["environ", "stat", "environ"]
 
 
+def test_a_process_of_another_user_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its environment cannot be read, and where that begins is not told."""
+    read = looks(monkeypatch, [None], stat(4096, 0))
+
+    assert mark(7) is None
+    assert read == ["environ"]
+
+
 def test_nobody_is_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     read = looks(monkeypatch, [b""], stat(4096, 0))
 

@@ -162,13 +162,13 @@ def mark(pid: int) -> str | None:
         except (psutil.Error, OSError):
             return None
     looks, place = EXEC_LOOKS, f"/proc/{pid}/environ"
-    while not (environ := _read(place) or b"") and looks > 0:
+    while (environ := _read(place)) == b"" and looks > 0:  # of another user there is none to be read at all
         if _is_amid_exec(pid):
             time.sleep(EXEC_SECONDS)
             looks -= 1
         else:
             looks = 0  # it may have come since it was read
-    environ = b"\0" + environ
+    environ = b"\0" + (environ or b"")
     start = environ.find(_MARK)
     if start < 0:
         return None
